@@ -1,0 +1,1 @@
+"""What the notebooks share: export, read, explain, compare and time ONNX graphs of Transformers."""
