@@ -103,7 +103,7 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 def save(model: ir.Model, path: str | Path) -> Path:
-    """Save `model` by `writing`: one file, or above 1.5 GB the weights beside it in `NAME.onnx.data`.
+    """Save `model` by `writing`: one file, or above 1.5 GB with its weights in `NAME.onnx.data`.
 
     Returns the absolute path. ``onnx_ir.save`` is used since ``onnx.save`` looks for an old data
     file in the working directory and appends to it.

@@ -1,0 +1,107 @@
+"""PyTorch to ONNX, by route. A route names how a graph was made, which decides what fuses later."""
+
+import contextlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from helpers import files, graph
+
+# Route → opset. `torchscript` is what exports looked like for years; the other two are made by
+# transformers' own exporter, built on torch.onnx.export(dynamo=True).
+ROUTES = {"torchscript": 17, "dynamo": 18, "opset23": 23}
+
+
+@dataclass(frozen=True)
+class Export:
+    """One exported file: its route, and what it took and gave."""
+
+    path: Path
+    route: str
+    seconds: float
+    nodes: int
+    megabytes: float
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what exporters and optimizers print, log and warn of away. Errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, before)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+def dynamic_axes(inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
+    """The axes that vary, by name: batch, and for inputs (batch, length) the length as well."""
+    return {
+        name: {0: "batch", 1: "length"} if tensor.ndim == 2 else {0: "batch"}
+        for name, tensor in inputs.items()
+    }
+
+
+def export(
+    model: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    path: str | Path,
+    route: str,
+    *,
+    dynamic: bool = True,
+) -> Export:
+    """Export `model`, called with `inputs` by name, to `path` by `route`, and check the file.
+
+    `inputs` are examples; give two samples or more, since a size of 1 is taken for a constant. With
+    `dynamic`, batch and length vary (`torchscript`), or every axis does that can (the others).
+    The file appears whole or not at all. Raises ValueError on an unknown route, `files.BadInput` on
+    a folder that cannot be written to or a graph that ONNX Runtime does not load, and whatever the
+    exporter raises.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route {route!r}: expected one of {', '.join(ROUTES)}")
+    print(f"exporting by {route} …", flush=True)
+    start = time.perf_counter()
+    with quiet():
+        save = _torchscript if route == "torchscript" else _transformers
+        save(model.eval(), dict(inputs), Path(path), ROUTES[route], dynamic)
+    seconds = time.perf_counter() - start
+    nodes = sum(graph.counts(graph.load(path)).values())
+    return Export(Path(path), route, seconds, nodes, files.size(path) / 1e6)
+
+
+def _torchscript(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, opset: int, dynamic: bool
+) -> None:
+    with torch.no_grad():
+        outputs = model(**inputs)
+    with files.writing(path) as draft:
+        torch.onnx.export(
+            model,
+            (),
+            draft,
+            kwargs=inputs,
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=[name for name, value in outputs.items() if torch.is_tensor(value)],
+            dynamic_axes=dynamic_axes(inputs) if dynamic else None,
+        )
+
+
+def _transformers(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path, opset: int, dynamic: bool
+) -> None:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    config = OnnxConfig(dynamic=dynamic, opset_version=opset)
+    files.save(OnnxExporter().export(model, inputs, config=config).program, path)
