@@ -1,0 +1,394 @@
+"""Why a fusion did not match: watch ONNX Runtime's optimizer at work, without a debugger.
+
+Its fusions are Python: `fuse` starts from an anchor (a LayerNormalization, say), asks
+``match_parent_path`` for one path after another, and returns at the first thing that it misses. A
+trace function (`sys.settrace`) sees each of these calls come and go. Nothing is patched or forked.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import onnx
+import onnx_ir as ir
+
+from helpers import files, graph
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Node(NamedTuple):
+    """A node as it was when a fusion looked at it. `name` is what to search for in the file: the
+    node's, or, for one that the optimizer made itself, its first output's."""
+
+    operator: str
+    name: str
+    output: str
+
+
+@dataclass
+class Attempt:
+    """One path that a fusion asked for, from the node `start` up against the arrows.
+
+    `expected[i]` is the operator wanted next, by input `inputs[i]` of the node before it (None: any
+    input). `matched` are the nodes found so far. Where the path broke, `at` is the last node that
+    matched and `found` the node that is there instead of `expected[len(matched)]`.
+    """
+
+    start: Node
+    expected: list[str]
+    inputs: list[int | None]
+    variable: str | None  # what the fusion's code calls the result
+    matched: list[Node] = field(default_factory=list)
+    found: Node | None = None
+
+    @property
+    def broke(self) -> bool:
+        return len(self.matched) < len(self.expected)
+
+    @property
+    def at(self) -> Node:
+        return self.matched[-1] if self.matched else self.start
+
+    def __str__(self) -> str:
+        """The path read backwards: one line for each step, and where it broke."""
+        lines = [f"  start      {self.start.operator:<12} {self.start.name}"]
+        for i, (operator, index) in enumerate(zip(self.expected, self.inputs, strict=True)):
+            edge = "any input" if index is None else f"input {index}"
+            if i < len(self.matched):
+                lines.append(f"  {edge:<10} {operator:<12} {self.matched[i].name}")
+                continue
+            there = f"{self.found.operator} {self.found.name}" if self.found else "no node"
+            lines.append(f"  {edge:<10} {operator:<12} ✗ the graph has {there}")
+            break
+        return "\n".join(lines)
+
+
+@dataclass
+class Call:
+    """One call of a fusion's `fuse`: its anchor, what it asked for, and how it ended."""
+
+    fusion: str
+    anchor: Node
+    attempts: list[Attempt] = field(default_factory=list)
+    fused: bool = False
+    file: str = ""
+    line: int = 0
+    source: str = ""  # the line that returned
+    error: str | None = None  # what its code raised
+    broken: list[Attempt] = field(default_factory=list)  # the failed ones that made it return
+    actual: tuple[list[str], list[int]] | None = None  # the path there is: operators, inputs
+
+    @property
+    def culprit(self) -> Attempt | None:
+        """Of `broken`, the attempt that got furthest (the first of those)."""
+        return max(self.broken, key=lambda attempt: len(attempt.matched), default=None)
+
+    @property
+    def none(self) -> list[str]:
+        """The local variables that the failed matches left None."""
+        return [attempt.variable for attempt in self.broken if attempt.variable]
+
+
+@dataclass
+class Reason:
+    """Why sites were not fused: the same for each of `sites`; `call` is that of the first."""
+
+    sites: list[graph.Site]
+    call: Call | None  # None: no fusion for attention was started from a node after the site
+
+    def __str__(self) -> str:
+        if self.call is None:
+            return f"{len(self.sites)} sites: no anchor of a fusion for attention comes after them"
+        call, attempt = self.call, self.call.culprit
+        lines = [
+            f"{len(self.sites)} sites: {call.fusion} gave up at {call.file}:{call.line}"
+            f" ({call.source}), started from {call.anchor.operator} {call.anchor.name}"
+        ]
+        if call.error:
+            lines.append(f"  its own code raised {call.error}")
+        if attempt:
+            lines += [f"  left None: {', '.join(call.none)}", str(attempt)]
+        if call.actual:
+            lines.append(f"  the path there is: {call.actual[0]}, {call.actual[1]}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    """What `explain` found. `calls` are those of the fusions for attention, in order."""
+
+    optimizer: str
+    sites: list[graph.Site]  # of the optimised graph
+    calls: list[Call]
+    reasons: list[Reason]
+
+    def __str__(self) -> str:
+        fused = sum(site.fused for site in self.sites)
+        verdict = f"{self.optimizer}: {len(self.sites)} sites, {fused} fused"
+        return "\n".join([f"{verdict}, {len(self.reasons)} reasons", *map(str, self.reasons)])
+
+    def table(self, call: Call | None = None) -> pd.DataFrame:
+        """The paths that `call` (by default the first reason's) asked for, one a row."""
+        import pandas as pd
+
+        call = call or self.reasons[0].call
+        return pd.DataFrame(
+            {
+                "variable": attempt.variable,
+                "start": attempt.start.operator,
+                "expected": " ← ".join(attempt.expected),
+                "inputs": attempt.inputs,
+                "matched": f"{len(attempt.matched)} of {len(attempt.expected)}",
+                "found": attempt.found.operator if attempt.found else "",
+            }
+            for attempt in call.attempts
+        )
+
+
+class Watch:
+    """Record every `fuse` of a fusion for attention in a ``with`` block, and what it asked for.
+
+    `optimizer` is the class that runs (its own ``match_parent_path`` is watched: the package has
+    two copies of ``OnnxModel``), and `names` are the nodes that the file has.
+    """
+
+    def __init__(self, optimizer: type, names: set[str]) -> None:
+        self.calls: list[Call] = []
+        self._names = names
+        self._path_code = optimizer.match_parent_path.__code__
+        self._step_code = optimizer.match_parent.__code__
+        self._open: list[tuple[FrameType, Call]] = []
+        self._attempt: Attempt | None = None  # the path that is being matched
+
+    def __enter__(self) -> Watch:
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _node(self, proto: onnx.NodeProto) -> Node:
+        name = proto.name if proto.name in self._names else proto.output[0]
+        return Node(proto.op_type, name, proto.output[0])
+
+    def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
+        code, local = frame.f_code, frame.f_locals
+        if code.co_name == "fuse":
+            fusion = local.get("self")
+            if "Attention" not in getattr(fusion, "fused_op_type", ""):
+                return None
+            anchor = self._node(local[code.co_varnames[1]])
+            self.calls.append(Call(type(fusion).__name__, anchor, file=code.co_filename))
+            self._open.append((frame, self.calls[-1]))
+            return self._watching(frame, functools.partial(self._fused, len(fusion.nodes_to_add)))
+        if code is self._path_code and self._open:
+            inputs = local["parent_input_index"]
+            wanted = list(local["parent_op_types"])
+            inputs = [None] * len(wanted) if inputs is None else list(inputs)
+            self._attempt = self._start(frame, wanted, inputs)
+            return self._watching(frame, self._path_returned)
+        if code is self._step_code and self._open:
+            if self._attempt is None:  # asked for by itself: a path of one step
+                self._start(frame, [local["parent_op_type"]], [local["input_index"]])
+            return self._watching(frame, self._step_returned)
+        return None
+
+    def _start(self, frame: FrameType, wanted: list[str], inputs: list[int | None]) -> Attempt:
+        fusion, call = self._open[-1]
+        assigned = _code(fusion.f_code).assigned
+        variable = next((v for lines, v in assigned if fusion.f_lineno in lines), None)
+        call.attempts.append(Attempt(self._node(frame.f_locals["node"]), wanted, inputs, variable))
+        return call.attempts[-1]
+
+    @staticmethod
+    def _watching(frame: FrameType, returned: Callable) -> Callable:
+        frame.f_trace_lines = False
+
+        def local(frame: FrameType, event: str, value: Any) -> Callable:
+            if event in ("return", "exception"):
+                returned(frame, event, value)
+            return local
+
+        return local
+
+    def _fused(self, before: int, frame: FrameType, event: str, value: Any) -> None:
+        call = self._open[-1][1]
+        call.line = frame.f_lineno
+        if event == "exception":
+            call.error = f"{value[0].__name__}: {value[1]}"
+            return
+        self._open.pop()
+        call.fused = len(frame.f_locals["self"].nodes_to_add) > before
+        call.source = linecache.getline(call.file, call.line).strip()
+        if not call.fused:
+            call.broken = _broken(call, _code(frame.f_code))
+        if call.culprit:
+            made = frame.f_locals[frame.f_code.co_varnames[3]]
+            call.actual = _upwards(call.culprit, made)
+
+    def _path_returned(self, _frame: FrameType, event: str, _value: Any) -> None:
+        if event == "return":
+            self._attempt = None
+
+    def _step_returned(self, frame: FrameType, event: str, value: Any) -> None:
+        if event != "return":
+            return
+        attempt = self._attempt or self._open[-1][1].attempts[-1]
+        if value is not None:
+            attempt.matched.append(self._node(value))
+            return
+        local = frame.f_locals
+        node, index = local["node"], local["input_index"]
+        made = local["output_name_to_node"] or local["self"].output_name_to_node()
+        names = node.input if index is None else node.input[index : index + 1]
+        found = next((made[name] for name in names if name in made), None)
+        attempt.found = self._node(found) if found is not None else None
+
+
+class _Code(NamedTuple):
+    """What a function's source tells: which lines assign to which variable, and for each `if` with
+    its `elif`s, the lines of its branches and the names that its tests read."""
+
+    assigned: list[tuple[range, str]]
+    tested: list[tuple[range, set[str]]]
+
+
+@functools.cache
+def _code(code: CodeType) -> _Code:
+    lines, start = inspect.getsourcelines(code)
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    assigned, tested, elifs = [], [], set()
+    for node in ast.walk(tree):  # an `if` before its `elif`s
+        span = range(getattr(node, "lineno", 0) + start - 1, getattr(node, "end_lineno", 0) + start)
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple) and len(target.elts) == 3:
+                target = target.elts[1]  # match_parent_paths returns which, the nodes, the inputs
+            if isinstance(target, ast.Name):
+                assigned.append((span, target.id))
+        if isinstance(node, ast.If) and node not in elifs:
+            names, branch = set(), [node]
+            while len(branch) == 1 and isinstance(branch[0], ast.If):
+                elifs.add(branch[0])
+                names |= {n.id for n in ast.walk(branch[0].test) if isinstance(n, ast.Name)}
+                branch = branch[0].orelse
+            tested.append((span, names))
+    return _Code(assigned, tested)
+
+
+def _broken(call: Call, code: _Code) -> list[Attempt]:
+    """The failed attempts that made `fuse` return: those whose results the `if` around the return
+    reads, and else the last ones that started from one node."""
+    spans = [(len(span), names) for span, names in code.tested if call.line in span]
+    names = min(spans, key=lambda one: one[0])[1] if spans else set()
+    failed = [attempt for attempt in call.attempts if attempt.broke]
+    if failed and failed[-1].variable in names:
+        return [attempt for attempt in failed if attempt.variable in names]
+    last: list[Attempt] = []
+    for attempt in reversed(call.attempts):
+        if not attempt.broke or (last and attempt.start != last[0].start):
+            break
+        last.insert(0, attempt)
+    return last
+
+
+def _upwards(
+    attempt: Attempt, made: dict[str, onnx.NodeProto]
+) -> tuple[list[str], list[int]] | None:
+    """The path that the graph has from the attempt's start, through what matched, to the nearest
+    operator of the kind that the attempt wanted last: operators and inputs, or None."""
+    if attempt.found is None:
+        return None
+    through = [one.output for one in [*attempt.matched, attempt.found]]
+    queue: deque[tuple[str, list[str], list[int]]] = deque([(attempt.start.output, [], [])])
+    seen = set()
+    while queue:
+        output, operators, inputs = queue.popleft()
+        depth = len(operators)
+        if depth > len(attempt.matched) and operators[-1] == attempt.expected[-1]:
+            return operators, inputs
+        for index, name in enumerate(made[output].input):
+            above = made.get(name)
+            if above is None or above.output[0] in seen:
+                continue
+            if depth < len(through) and above.output[0] != through[depth]:
+                continue
+            seen.add(above.output[0])
+            queue.append((above.output[0], [*operators, above.op_type], [*inputs, index]))
+    return None
+
+
+def _anchored(site: graph.Site, calls: dict[str, Call]) -> Call | None:
+    """The call of `fuse` whose anchor is the first downstream of `site`."""
+    queue, seen = deque([site.node]), {site.node}
+    while queue:
+        node = queue.popleft()
+        for value in node.outputs:
+            if value.name in calls:
+                return calls[value.name]
+            for user in value.consumers():
+                if user not in seen:
+                    seen.add(user)
+                    queue.append(user)
+    return None
+
+
+def explain(
+    path: str | Path,
+    model_type: str,
+    *,
+    num_heads: int = 0,
+    hidden_size: int = 0,
+    opt_level: int | None = None,
+) -> Explanation:
+    """Run ``onnxruntime.transformers.optimizer`` on the file at `path`, and say what it missed.
+
+    `model_type` is a key of its MODEL_TYPES, or of one that was registered there; `num_heads`,
+    `hidden_size` and `opt_level` are passed on (0, and None: the optimizer's own choice). Raises
+    `files.BadInput` on an unknown `model_type`. What the optimizer raises becomes a reason.
+    """
+    from onnxruntime.transformers import optimizer
+
+    from helpers.export import quiet
+
+    if model_type not in optimizer.MODEL_TYPES:
+        known = ", ".join(sorted(optimizer.MODEL_TYPES))
+        raise files.BadInput(f"model type {model_type}: expected one of {known}")
+    class_ = optimizer.MODEL_TYPES[model_type][0]
+    proto = None
+    names = {node.name for node in onnx.load(path, load_external_data=False).graph.node}
+    with quiet(), Watch(class_, names) as watch:
+        try:
+            proto = optimizer.optimize_model(
+                str(path), model_type, num_heads, hidden_size, opt_level=opt_level
+            ).model
+        except Exception:
+            if not (watch.calls and watch.calls[-1].error):
+                raise  # not in a fusion: nothing to explain
+    model = ir.from_proto(proto or onnx.load(path))
+    sites = graph.sites(model)
+    calls = {call.anchor.output: call for call in watch.calls if not call.fused}
+    reasons: dict[object, Reason] = {}
+    for site in sites:
+        if site.fused:
+            continue
+        call = _anchored(site, calls)
+        key = None if call is None else (call.fusion, call.line, tuple(call.none))
+        reasons.setdefault(key, Reason([], call)).sites.append(site)
+    for call in watch.calls:
+        call.file = PurePath(call.file).name
+    return Explanation(class_.__name__, sites, watch.calls, list(reasons.values()))
