@@ -186,7 +186,10 @@ class Watch:
         return Node(proto.op_type, name, proto.output[0])
 
     def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
-        code, local = frame.f_code, frame.f_locals
+        code = frame.f_code  # f_locals is dear, and most calls are none of ours
+        if code.co_name != "fuse" and code is not self._path_code and code is not self._step_code:
+            return None
+        local = frame.f_locals
         if code.co_name == "fuse":
             fusion = local.get("self")
             if "Attention" not in getattr(fusion, "fused_op_type", ""):

@@ -231,6 +231,8 @@ def _operands(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value] | None:
             return None
         return node.inputs[holds.index(True)], node.inputs[holds.index(False)]
     first, second = (node.inputs[0], node.inputs[3 if node.op_type == "QLinearMatMul" else 1])
+    if _rank(second) == 1:  # a vector adds no axis to the output
+        axis -= 1
     return {-1: (second, first), -2: (first, second)}.get(axis)
 
 
@@ -257,6 +259,12 @@ def _contracts(node: ir.Node, value: ir.Value, axis: int) -> ir.Value | None:
     return None
 
 
+def _is_linear(node: ir.Node, weight: ir.Value) -> bool:
+    shape = weight.shape
+    columns = 1 if shape is None or len(shape) != 2 else shape[1]
+    return weight is node.inputs[1] and columns != 1
+
+
 def _scores(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
     """Walk up from a Softmax to the product of queries with keys that come from the input."""
     learned = None  # a product of keys with a learned query, unless a product of two is above it
@@ -273,8 +281,8 @@ def _scores(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
                 continue
             if operands[1] in known:
                 return node
-            linear = operands[1] is node.inputs[1] and (_rank(operands[1]) or 2) <= 2
-            learned = learned or (None if linear else node)
+            # x·W is a linear layer, unless W is one column: then that is the query
+            learned = learned or (None if _is_linear(node, operands[1]) else node)
             queue.append((operands[0], axis))  # heads mixed by a weight: the scores are above
             continue
         above = _through(node, axis, forward=False)
@@ -313,16 +321,23 @@ def sites(model: ir.Model) -> list[Site]:
     with values that come from the input; or one operator that computes all of it. A softmax whose
     keys or values are weights (a router, a detection head) is none.
     """
-    known = from_input(model)
     opset = next((model.opset_imports[d] for d in STANDARD if d in model.opset_imports), 13)
+
+    def axis_of(softmax: ir.Node) -> int | None:
+        axis = softmax.attributes.get_int("axis", -1 if opset >= 13 else 1)
+        rank = _rank(softmax.inputs[0], softmax.outputs[0])
+        return axis if axis < 0 else axis - rank if rank else None
+
+    softmaxes = [node for node in nodes(model) if node.op_type in ("Softmax", "BiasSoftmax")]
+    if any(axis_of(node) is None for node in softmaxes):
+        passes.ShapeInferencePass()(model)  # an axis counted from the front needs the rank
+    known = from_input(model)
     found = []
     for node in nodes(model):
         if (node.domain, node.op_type) in FUSED:
             found.append(Site(name(node), True, _layer(node), node))
-        elif node.op_type in ("Softmax", "BiasSoftmax"):
-            axis = node.attributes.get_int("axis", -1 if opset >= 13 else 1)
-            rank = _rank(node.inputs[0], node.outputs[0])
-            axis = axis if axis < 0 else axis - rank if rank else -1
+        elif node in softmaxes:
+            axis = axis_of(node) or -1
             scores = _scores(node.inputs[0], axis, known)
             context = _context(node.outputs[0], axis, known) if scores else None
             if context:
