@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import inspect
 import linecache
 import sys
 import textwrap
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,7 +89,6 @@ class Call:
     file: str = ""
     line: int = 0
     source: str = ""  # the line that returned
-    error: str | None = None  # what its code raised
     broken: list[Attempt] = field(default_factory=list)  # the failed ones that made it return
     actual: tuple[list[str], list[int]] | None = None  # the path there is: operators, inputs
 
@@ -102,23 +103,30 @@ class Call:
         return [attempt.variable for attempt in self.broken if attempt.variable]
 
 
+_NO_ANCHOR = "no anchor of a fusion for attention comes after them"
+
+
 @dataclass
 class Reason:
-    """Why sites were not fused: the same for each of `sites`; `call` is that of the first."""
+    """Why sites were not fused: the same for each of `sites`; `call` is that of the first.
+
+    Without a call, no fusion for attention was started from a node after the site, or the
+    optimizer's own code raised `error` before.
+    """
 
     sites: list[graph.Site]
-    call: Call | None  # None: no fusion for attention was started from a node after the site
+    call: Call | None = None
+    error: str | None = None
 
     def __str__(self) -> str:
         if self.call is None:
-            return f"{len(self.sites)} sites: no anchor of a fusion for attention comes after them"
+            why = f"the optimizer's own code raised {self.error}" if self.error else _NO_ANCHOR
+            return f"{len(self.sites)} sites: {why}"
         call, attempt = self.call, self.call.culprit
         lines = [
             f"{len(self.sites)} sites: {call.fusion} gave up at {call.file}:{call.line}"
             f" ({call.source}), started from {call.anchor.operator} {call.anchor.name}"
         ]
-        if call.error:
-            lines.append(f"  its own code raised {call.error}")
         if attempt:
             lines += [f"  left None: {', '.join(call.none)}", str(attempt)]
         if call.actual:
@@ -222,19 +230,15 @@ class Watch:
         frame.f_trace_lines = False
 
         def local(frame: FrameType, event: str, value: Any) -> Callable:
-            if event in ("return", "exception"):
-                returned(frame, event, value)
+            if event == "return":
+                returned(frame, value)
             return local
 
         return local
 
-    def _fused(self, before: int, frame: FrameType, event: str, value: Any) -> None:
-        call = self._open[-1][1]
+    def _fused(self, before: int, frame: FrameType, _value: Any) -> None:
+        call = self._open.pop()[1]
         call.line = frame.f_lineno
-        if event == "exception":
-            call.error = f"{value[0].__name__}: {value[1]}"
-            return
-        self._open.pop()
         call.fused = len(frame.f_locals["self"].nodes_to_add) > before
         call.source = linecache.getline(call.file, call.line).strip()
         if not call.fused:
@@ -243,13 +247,10 @@ class Watch:
             made = frame.f_locals[frame.f_code.co_varnames[3]]
             call.actual = _upwards(call.culprit, made)
 
-    def _path_returned(self, _frame: FrameType, event: str, _value: Any) -> None:
-        if event == "return":
-            self._attempt = None
+    def _path_returned(self, _frame: FrameType, _value: Any) -> None:
+        self._attempt = None
 
-    def _step_returned(self, frame: FrameType, event: str, value: Any) -> None:
-        if event != "return":
-            return
+    def _step_returned(self, frame: FrameType, value: Any) -> None:
         attempt = self._attempt or self._open[-1][1].attempts[-1]
         if value is not None:
             attempt.matched.append(self._node(value))
@@ -362,7 +363,8 @@ def explain(
 
     `model_type` is a key of its MODEL_TYPES, or of one that was registered there; `num_heads`,
     `hidden_size` and `opt_level` are passed on (0, and None: the optimizer's own choice). Raises
-    `files.BadInput` on an unknown `model_type`. What the optimizer raises becomes a reason.
+    `files.BadInput` on an unknown `model_type`, or a hidden size that is no multiple of the heads.
+    What the optimizer's code raises becomes a reason.
     """
     from onnxruntime.transformers import optimizer
 
@@ -371,17 +373,23 @@ def explain(
     if model_type not in optimizer.MODEL_TYPES:
         known = ", ".join(sorted(optimizer.MODEL_TYPES))
         raise files.BadInput(f"model type {model_type}: expected one of {known}")
+    if num_heads and hidden_size % num_heads:
+        raise files.BadInput(
+            f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
+        )
     class_ = optimizer.MODEL_TYPES[model_type][0]
-    proto = None
     names = {node.name for node in onnx.load(path, load_external_data=False).graph.node}
+    proto = error = None
     with quiet(), Watch(class_, names) as watch:
         try:
             proto = optimizer.optimize_model(
                 str(path), model_type, num_heads, hidden_size, opt_level=opt_level
             ).model
-        except Exception:
-            if not (watch.calls and watch.calls[-1].error):
-                raise  # not in a fusion: nothing to explain
+        except Exception as raised:  # any: the code is not ours, and that it raised is the answer
+            where = traceback.extract_tb(raised.__traceback__)[-1]
+            error = f"{type(raised).__name__} ({raised}) at {PurePath(where.filename).name}"
+            error += f":{where.lineno} ({where.line})"
+        gc.collect()  # the optimizer leaves temporary folders behind, with a warning
     model = ir.from_proto(proto or onnx.load(path))
     sites = graph.sites(model)
     calls = {call.anchor.output: call for call in watch.calls if not call.fused}
@@ -389,9 +397,9 @@ def explain(
     for site in sites:
         if site.fused:
             continue
-        call = _anchored(site, calls)
+        call = None if error else _anchored(site, calls)
         key = None if call is None else (call.fusion, call.line, tuple(call.none))
-        reasons.setdefault(key, Reason([], call)).sites.append(site)
+        reasons.setdefault(key, Reason([], call, error)).sites.append(site)
     for call in watch.calls:
         call.file = PurePath(call.file).name
     return Explanation(class_.__name__, sites, watch.calls, list(reasons.values()))

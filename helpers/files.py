@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
+
 
 class BadInput(ValueError):
     """What the user gave cannot be worked on: one line with file, expected, found, what to do."""
@@ -116,8 +118,7 @@ def save(model: ir.Model, path: str | Path) -> Path:
         if value.const_value is not None
     )
     with writing(path) as draft:
-        large = weights > 1_500_000_000  # a protobuf file holds 2 GB
-        ir.save(model, draft, external_data=f"{path.name}.data" if large else None)
+        ir.save(model, draft, external_data=f"{path.name}.data" if weights > ONE_FILE else None)
     return path
 
 

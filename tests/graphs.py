@@ -12,8 +12,9 @@ WEIGHTS = dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8)) | {"bq": (8,), "bv": (
 # One post-norm encoder layer's attention, two heads of width four, as TorchScript writes it.
 ATTENTION = """
 <ir_version: 8, opset_import: ["" : 17]>
-tiny (float[batch,length,8] x) => (float[batch,length,8] y)
+tiny (float[batch,length,8] given) => (float[batch,length,8] y)
 {
+  [n_first] x = LayerNormalization <axis = -1> (given, gamma, beta)
   [n_q] q0 = MatMul (x, wq)
   [n_q_bias] q1 = Add (bq, q0)
   [n_q_heads] q2 = Reshape (q1, heads)

@@ -66,7 +66,9 @@ def test_site_seen_through(between, tmp_path):
     """Each way of writing scores to weights is one site, found with both its products."""
     given, middle = BETWEEN[between]
     start, end = ATTENTION.index("[n_scale]"), ATTENTION.index("[n_context]")
-    text = (ATTENTION[:start] + middle + ATTENTION[end:]).replace("8] x)", f"8] x, {given})")
+    text = (ATTENTION[:start] + middle + ATTENTION[end:]).replace(
+        "8] given)", f"8] given, {given})"
+    )
     constants = {
         "low": np.float32(-1e9),
         "three": np.array([-1, 5, 5]),
@@ -182,11 +184,12 @@ def test_block_is_cut_out_and_computes_the_same(tmp_path):
     assert not {"n_residual", "n_norm"} & found
     small = files.save(cut_out(model, taken), tmp_path / "block.onnx")
     assert len(list(model.graph)) == before
-    x = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
     whole = onnx.load(path)
-    whole.graph.output.append(onnx.helper.make_tensor_value_info("o1", 1, None))
+    for name in ("x", "o1"):
+        whole.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     onnx.save(whole, tmp_path / "whole.onnx")
-    expected = files.session(tmp_path / "whole.onnx").run(["o1"], {"x": x})[0]
+    given = np.random.default_rng(1).normal(size=(2, 3, 8)).astype(np.float32)
+    x, expected = files.session(tmp_path / "whole.onnx").run(["x", "o1"], {"given": given})
     np.testing.assert_allclose(files.session(small).run(None, {"x": x})[0], expected, atol=1e-6)
 
 
