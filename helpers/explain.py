@@ -100,7 +100,7 @@ class Call:
     @property
     def none(self) -> list[str]:
         """The local variables that the failed matches left None."""
-        return [attempt.variable for attempt in self.broken if attempt.variable]
+        return list(dict.fromkeys(one.variable for one in self.broken if one.variable))
 
 
 _NO_ANCHOR = "no anchor of a fusion for attention comes after them"

@@ -1,0 +1,128 @@
+"""The notebooks as documents, and the README's table."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECTIONS = [
+    *("Export", "Inspect", "Why it did not fuse", "Fix", "Parity", "Benchmark", "Summary"),
+]
+OPENING = ("What you will learn", "Before you start", "It takes")
+# What differs from machine to machine or from run to run, and what a page cannot show.
+FORBIDDEN = {
+    "an absolute path": r"(?<![\w.:/])/(home|root|tmp|usr|work|Users|opt|var|mnt)/",
+    "an object's address": r"\bat 0x[0-9a-f]{6,}",
+    "a timestamp": r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d",
+    "a warning": r"\b\w*Warning\b",
+}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> nbformat.NotebookNode:
+    return nbformat.read(request.param, as_version=4)
+
+
+def text_of(output: nbformat.NotebookNode) -> str:
+    data = output.get("data", {})
+    return output.get("text", "") + data.get("text/plain", "") + data.get("text/html", "")
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+    assert all(re.fullmatch(r"\d\d_\w+", path.stem) for path in NOTEBOOKS)
+
+
+def test_committed_with_the_outputs_of_a_full_run_in_order(notebook):
+    nbformat.validate(notebook)
+    run = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "skip-execution" not in cell.metadata.get("tags", [])
+    ]
+    assert [cell.execution_count for cell in run] == list(range(1, len(run) + 1))
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+
+
+def test_outputs_are_free_of_what_changes_or_breaks(notebook):
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+        assert not any("widget" in kind for kind in output.get("data", {}))
+        for what, pattern in FORBIDDEN.items():
+            found = re.search(pattern, text_of(output))
+            assert not found, f"{what}: {found}"
+
+
+def test_small_enough_to_render():
+    for path in NOTEBOOKS:
+        assert path.stat().st_size < 300_000, path
+
+
+def test_fixed_sections_and_opening(notebook):
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert re.findall(r"^## (.+)$", "\n".join(prose), re.M) == SECTIONS
+    assert prose[0].startswith("# ")
+    for part in OPENING:
+        assert f"**{part}" in prose[0]
+
+
+def test_cells_are_short_and_plain(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert not re.search(r"^\s*[!%]|sys\.path|pip install", cell.source, re.M), cell.source
+
+
+def test_pictures_have_alt_text(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            assert "![](" not in cell.source
+            assert not re.search(r"<img(?![^>]*\balt=)", cell.source)
+
+
+def result(path: Path) -> str:
+    (cell,) = [
+        cell
+        for cell in nbformat.read(path, as_version=4).cells
+        if "result" in cell.metadata.get("tags", [])
+    ]
+    return cell.outputs[-1].text.strip()
+
+
+def test_readme_table_has_each_notebook_with_its_result():
+    rows = re.findall(
+        r"^\| \[(\w+)\]\(notebooks/(\w+)\.ipynb\) \| .+? \| (.+) \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    assert rows == [(path.stem, path.stem, result(path)) for path in NOTEBOOKS]
+
+
+def test_readme_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / link).exists(), link
+
+
+def test_requirements_are_pinned_and_used():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[-1] == "-e ."
+    for line in lines[:-1]:
+        if not line.startswith("#"):
+            assert re.match(r"(netron>=|[\w-]+==)[\d.]+\s+# \w", line), line
+
+
+def test_every_notebook_is_run_by_the_tests(request):
+    """Without --nbmake pytest passes over the notebooks: say so rather than pass in silence."""
+    if request.config.getoption("nbmake"):
+        paths = {Path(item.path) for item in request.session.items}
+        if any(path.suffix == ".ipynb" for path in paths):
+            assert set(NOTEBOOKS) <= paths
