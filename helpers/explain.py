@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import gc
+import heapq
 import inspect
 import linecache
 import sys
@@ -106,6 +107,10 @@ class Call:
 _NO_ANCHOR = "no anchor of a fusion for attention comes after them"
 
 
+def _count(things: list, what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
+
+
 @dataclass
 class Reason:
     """Why sites were not fused: the same for each of `sites`; `call` is that of the first.
@@ -121,10 +126,10 @@ class Reason:
     def __str__(self) -> str:
         if self.call is None:
             why = f"the optimizer's own code raised {self.error}" if self.error else _NO_ANCHOR
-            return f"{len(self.sites)} sites: {why}"
+            return f"{_count(self.sites, 'site')}: {why}"
         call, attempt = self.call, self.call.culprit
         lines = [
-            f"{len(self.sites)} sites: {call.fusion} gave up at {call.file}:{call.line}"
+            f"{_count(self.sites, 'site')}: {call.fusion} gave up at {call.file}:{call.line}"
             f" ({call.source}), started from {call.anchor.operator} {call.anchor.name}"
         ]
         if attempt:
@@ -145,8 +150,9 @@ class Explanation:
 
     def __str__(self) -> str:
         fused = sum(site.fused for site in self.sites)
-        verdict = f"{self.optimizer}: {len(self.sites)} sites, {fused} fused"
-        return "\n".join([f"{verdict}, {len(self.reasons)} reasons", *map(str, self.reasons)])
+        verdict = f"{self.optimizer}: {_count(self.sites, 'site')}, {fused} fused"
+        reasons = _count(self.reasons, "reason")
+        return "\n".join([f"{verdict}, {reasons}", *map(str, self.reasons)])
 
     def table(self, call: Call | None = None) -> pd.DataFrame:
         """The paths that `call` (by default the first reason's) asked for, one a row."""
@@ -245,7 +251,7 @@ class Watch:
             call.broken = _broken(call, _code(frame.f_code))
         if call.culprit:
             made = frame.f_locals[frame.f_code.co_varnames[3]]
-            call.actual = _upwards(call.culprit, made)
+            call.actual = _aligned(call.culprit, made)
 
     def _path_returned(self, _frame: FrameType, _value: Any) -> None:
         self._attempt = None
@@ -310,29 +316,39 @@ def _broken(call: Call, code: _Code) -> list[Attempt]:
     return last
 
 
-def _upwards(
+def _aligned(
     attempt: Attempt, made: dict[str, onnx.NodeProto]
 ) -> tuple[list[str], list[int]] | None:
-    """The path that the graph has from the attempt's start, through what matched, to the nearest
-    operator of the kind that the attempt wanted last: operators and inputs, or None."""
-    if attempt.found is None:
-        return None
-    through = [one.output for one in [*attempt.matched, attempt.found]]
-    queue: deque[tuple[str, list[str], list[int]]] = deque([(attempt.start.output, [], [])])
-    seen = set()
-    while queue:
-        output, operators, inputs = queue.popleft()
-        depth = len(operators)
-        if depth > len(attempt.matched) and operators[-1] == attempt.expected[-1]:
-            return operators, inputs
-        for index, name in enumerate(made[output].input):
+    """The path that the graph has from the attempt's start, through what matched, to an operator of
+    the kind wanted last: operators and inputs, or None where none is near.
+
+    Of all such paths the one that needs fewest changes of what was expected: an operator more costs
+    1, one less costs 1, another input than expected a little (Dijkstra on the edit distance).
+    """
+    matched, wanted = len(attempt.matched), attempt.expected
+    fixed = [one.output for one in attempt.matched]
+    queue: list[tuple[float, int, int, str, tuple]] = [(0, 0, 0, attempt.start.output, ())]
+    seen, tie = set(), 0
+    while queue and tie < 20_000:
+        cost, _, reached, output, path = heapq.heappop(queue)
+        if reached == len(wanted) and path and path[-1][0] == wanted[-1]:
+            return [operator for operator, _ in path], [index for _, index in path]
+        if (output, reached) in seen or cost > len(wanted) + 3:
+            continue
+        seen.add((output, reached))
+        if matched <= reached < len(wanted) - 1:  # the graph does without this operator
+            tie += 1
+            heapq.heappush(queue, (cost + 1, tie, reached + 1, output, path))
+        for index, name in enumerate(made[output].input if output in made else ()):
             above = made.get(name)
-            if above is None or above.output[0] in seen:
+            if above is None or (reached < matched and above.output[0] != fixed[reached]):
                 continue
-            if depth < len(through) and above.output[0] != through[depth]:
-                continue
-            seen.add(above.output[0])
-            queue.append((above.output[0], [*operators, above.op_type], [*inputs, index]))
+            same = reached < len(wanted) and above.op_type == wanted[reached]
+            edge = attempt.inputs[reached] if reached < len(wanted) else None
+            dear = 0.1 if edge not in (None, index) else 0
+            tie += 1
+            step = (cost + dear + (not same), tie, reached + same, above.output[0])
+            heapq.heappush(queue, (*step, (*path, (above.op_type, index))))
     return None
 
 
@@ -401,5 +417,5 @@ def explain(
         key = None if call is None else (call.fusion, call.line, tuple(call.none))
         reasons.setdefault(key, Reason([], call, error)).sites.append(site)
     for call in watch.calls:
-        call.file = PurePath(call.file).name
+        call.file = "notebook cell" if "ipykernel" in call.file else PurePath(call.file).name
     return Explanation(class_.__name__, sites, watch.calls, list(reasons.values()))

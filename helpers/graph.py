@@ -364,7 +364,13 @@ def block(model: ir.Model, site: Site, *, side: int = 2) -> list[ir.Node]:
     known = from_input(model)
 
     def inner(nodes: Iterable[ir.Node]) -> list[ir.Node]:
-        return [n for n in nodes if n not in taken and "Normalization" not in n.op_type]
+        return [
+            node
+            for node in nodes
+            if node not in taken
+            and node.op_type != "Constant"
+            and "Normalization" not in node.op_type
+        ]
 
     taken = {site.context or site.node}
     step, depth = list(taken), dict.fromkeys(taken, 0)
