@@ -32,7 +32,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     width = max((len(site.name) for site in sites), default=0)
     lines = [
         f"{arguments.model}: opset {opsets}; {answer['nodes']} nodes",
-        f"{len(sites)} attention sites, {fused} fused",
+        f"{len(sites)} attention {'site' if len(sites) == 1 else 'sites'}, {fused} fused",
         *(
             f"  {'fused  ' if s.fused else 'unfused'}  {s.name:<{width}}  {s.layer or ''}".rstrip()
             for s in sites

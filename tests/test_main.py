@@ -1,0 +1,95 @@
+"""The command line: what it prints, and its exit status."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from graphs import ATTENTION, write
+
+from helpers.__main__ import main
+
+
+def test_inspect_json_is_one_document_with_the_fields_of_the_design(tmp_path, capsys):
+    path = write(tmp_path / "a b é.onnx")
+    assert main(["inspect", str(path), "--json"]) == 0
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert answer["opset"] == {"": 17}
+    assert answer["nodes"] == sum(answer["operators"].values()) == 22
+    assert answer["operators"]["MatMul"] == 6
+    assert answer["sites"] == [{"name": "n_softmax", "fused": False, "layer": None}]
+    assert printed.err == ""
+
+
+def test_inspect_text_names_sites_and_operators(tmp_path, capsys):
+    assert main(["inspect", str(write(tmp_path / "a.onnx"))]) == 0
+    text = capsys.readouterr().out
+    assert "1 attention site, 0 fused" in text
+    assert "n_softmax" in text
+    assert "6  MatMul" in text
+
+
+def test_compare_holds_for_the_same_graph(tmp_path, capsys):
+    one, two = write(tmp_path / "a.onnx"), write(tmp_path / "b.onnx")
+    assert main(["compare", str(one), str(two), "--json"]) == 0
+    parity = json.loads(capsys.readouterr().out)["parity"]
+    assert parity["max_abs_diff"] <= parity["tolerance"]
+    assert parity["inputs"].startswith("inferred: ")
+
+
+def test_compare_fails_with_status_1_where_the_scale_is_another(tmp_path, capsys):
+    one = write(tmp_path / "a.onnx")
+    two = write(tmp_path / "b.onnx", half=np.float32(0.6))
+    assert main(["compare", str(one), str(two), "--json"]) == 1
+    parity = json.loads(capsys.readouterr().out)["parity"]
+    assert parity["max_abs_diff"] > parity["tolerance"]
+
+
+def test_compare_with_inputs_of_ones_own(tmp_path, capsys):
+    one, two = write(tmp_path / "a.onnx"), write(tmp_path / "b.onnx")
+    feeds = tmp_path / "feeds.npz"
+    np.savez(feeds, given=np.ones((2, 3, 8), np.float32))
+    assert main(["compare", str(one), str(two), "--inputs", str(feeds), "--json"]) == 0
+    assert "feeds.npz" in json.loads(capsys.readouterr().out)["parity"]["inputs"]
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
+    path = write(tmp_path / "a.onnx")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(path.read_bytes()[:99])
+    other = write(tmp_path / "other.onnx", ATTENTION.replace("given", "something_else"))
+    cases = [
+        ["inspect", str(broken), "--json"],
+        ["inspect", str(tmp_path / "none.onnx")],
+        ["compare", str(path), str(broken)],
+        ["compare", str(path)],
+        ["compare", str(path), str(other)],
+        ["compare", str(path), str(path), "--inputs", str(tmp_path / "none.npz")],
+    ]
+    for arguments in cases:
+        assert main(arguments) == 2, arguments
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1, printed.err
+        assert "expected" in printed.err
+
+
+def test_unknown_command_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspekt"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_as_a_module(tmp_path):
+    path = write(tmp_path / "a.onnx")
+    run = subprocess.run(
+        [sys.executable, "-m", "helpers", "inspect", str(path), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(run.stdout)["nodes"] == 22
+    assert run.stderr == ""
