@@ -25,9 +25,14 @@ class BadInput(ValueError):
 
 
 def session(
-    path: str | Path, *, optimise: bool = True, threads: int = 0, profile_prefix: str = ""
+    model: str | Path | bytes,
+    *,
+    optimise: bool = True,
+    threads: int = 0,
+    profile_prefix: str = "",
+    folder: Path | None = None,
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU for the model file at `path`.
+    """An ONNX Runtime session on the CPU for a model: a file, or bytes with `folder` for its data.
 
     `optimise=False` turns off the fusions that a session makes by itself, so that what runs is what
     is in the file. `threads` is for one operator; 0 lets the runtime choose. Threads never spin
@@ -43,7 +48,11 @@ def session(
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
+    source = model if isinstance(model, bytes) else str(model)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def check(path: str | Path) -> Path:
