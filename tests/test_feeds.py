@@ -1,0 +1,166 @@
+"""Inputs inferred from a graph, and read from a file."""
+
+import numpy as np
+import pytest
+from graphs import write
+
+from helpers import feeds, files
+
+OPSET = '<ir_version: 8, opset_import: ["" : 17]>'
+
+
+def infer(tmp_path, text: str, **constants):
+    path = write(tmp_path / "a.onnx", f"{OPSET} {text}", **constants)
+    return feeds.infer(path)
+
+
+def shapes(cases, name):
+    return {feed.arrays[name].shape for feed in cases}
+
+
+def test_ids_stay_within_the_table_that_they_index(tmp_path):
+    cases, description = infer(
+        tmp_path,
+        """g (int64[b,s] ids, int64[b,s] kind) => (float[b,s,4] y) {
+          t = Unsqueeze (ids, one) u = Squeeze (t, one) w = Gather (words, u)
+          k = Gather (kinds, kind) y = Add (w, k) }""",
+        words=np.ones((13, 4), np.float32),
+        kinds=np.ones((2, 4), np.float32),
+        one=np.array([1]),
+    )
+    ids = np.concatenate([feed.arrays["ids"].ravel() for feed in cases])
+    assert ids.min() >= 0
+    assert 10 < ids.max() < 13
+    assert set(np.unique(cases[0].arrays["kind"])) <= {0, 1}
+    assert len({shape[0] for shape in shapes(cases, "ids")}) > 1
+    assert len({shape[1] for shape in shapes(cases, "ids")}) > 1
+    assert "ids below 13" in description
+    assert description.startswith("inferred: ")
+
+
+MASKED = """g (int64[b,s] ids, int64[b,s] mask) => (float[b,s,4] y) {
+  w = Gather (words, ids) m = Cast <to = 1> (mask) n = Unsqueeze (m, two) y = Mul (w, n) }"""
+
+
+def test_masks_are_ones_and_zeros_padded_both_ways_and_altogether(tmp_path):
+    words = np.ones((13, 4), np.float32)
+    cases, _ = infer(tmp_path, MASKED, words=words, two=np.array([2]))
+    masks = [feed.arrays["mask"] for feed in cases]
+    assert all(set(np.unique(mask)) <= {0, 1} for mask in masks)
+    assert any(mask.all() for mask in masks)
+    assert any((mask[:, 0] == 1).all() and (mask[:, -1] == 0).any() for mask in masks)
+    assert any((mask[:, 0] == 0).any() and (mask[:, -1] == 1).all() for mask in masks)
+    assert any((~mask.astype(bool)).all(axis=1).any() for mask in masks)
+    for feed, mask in zip(cases, masks, strict=True):
+        np.testing.assert_array_equal(feed.keys["mask"], mask == 1)
+
+
+def test_a_boolean_mask_in_which_true_is_padding_is_recognised(tmp_path):
+    """As torch.nn.MultiheadAttention has it; changing what is masked away must change nothing."""
+    cases, description = infer(
+        tmp_path,
+        """g (float[b,s,4] x, bool[b,s] padding) => (float[b,s,4] y) {
+          n = Unsqueeze (padding, one) t = Transpose <perm = [0, 2, 1]> (x) s0 = MatMul (x, t)
+          s1 = Where (n, low, s0) p = Softmax (s1) y = MatMul (p, x) }""",
+        one=np.array([1]),
+        low=np.float32(-1e9),
+    )
+    assert "0 is a key" in description
+    for feed in cases:
+        np.testing.assert_array_equal(feed.keys["padding"], ~feed.arrays["padding"])
+
+
+def test_dimensions_of_one_name_have_one_size_and_expressions_are_worked_out(tmp_path):
+    cases, _ = infer(
+        tmp_path,
+        """g (float[b,s,4] x, float[b,"s + 3",4] z, float["2*b",s,4] w) => (float[q] y) {
+          y = Identity (one) }""".replace('"s + 3"', "s3").replace('"2*b"', "b2"),
+        one=np.ones(1, np.float32),
+    )
+    assert cases
+    at = {"s": 7, "b": 2}
+    assert feeds._size("s + 3", at) == 10
+    assert feeds._size("((((s//2)) - 1)*b) + 1", at) == 5
+    assert feeds._size("Max(1, s - 9)", at) == 1
+
+
+def test_lengths_are_tried_until_the_model_runs(tmp_path):
+    """A convolution over 400 samples, as wav2vec2's front end needs."""
+    cases, _ = infer(
+        tmp_path,
+        """g (float[b,n] x) => (float[b,4,m] y) {
+          u = Unsqueeze (x, one) y = Conv <strides = [320]> (u, kernel) }""",
+        one=np.array([1]),
+        kernel=np.ones((4, 1, 400), np.float32),
+    )
+    lengths = sorted(shape[1] for shape in shapes(cases, "x"))
+    assert len(set(lengths)) > 1
+    assert lengths[0] > 400 + 4 * 320  # some frames, and not one
+
+
+def test_a_cache_is_as_long_as_the_mask_says(tmp_path):
+    cases, _ = infer(
+        tmp_path,
+        """g (int64[b,s] ids, int64[b,t] mask, float[b,2,p,4] k, float[b,2,p,4] v)
+           => (float[b,2,t,4] y) {
+          w = Gather (words, ids) h0 = Unsqueeze (w, one) two_heads = Concat <axis = 1> (h0, h0)
+          all = Concat <axis = 2> (k, two_heads) m = Cast <to = 1> (mask)
+          n = Unsqueeze (m, ends) both = Add (all, v2) y = Mul (both, n)
+          z = Shape (v) v2 = ReduceSum (v) }""".replace(
+            "both = Add (all, v2)", "v2 = ReduceSum (v) both = Add (all, v2)"
+        ).replace("z = Shape (v) v2 = ReduceSum (v)", "z = Shape (v)"),
+        words=np.ones((13, 4), np.float32),
+        one=np.array([1]),
+        ends=np.array([1, 3]),
+    )
+    for feed in cases:
+        past, ids = feed.arrays["k"].shape[2], feed.arrays["ids"].shape[1]
+        assert feed.arrays["mask"].shape[1] == past + ids
+
+
+def test_fixed_sizes_are_kept(tmp_path):
+    cases, _ = infer(tmp_path, "g (float[1,3,8,8] x) => (float[1,3,8,8] y) { y = Relu (x) }")
+    assert shapes(cases, "x") == {(1, 3, 8, 8)}
+
+
+def test_what_cannot_be_inferred_is_bad_input(tmp_path):
+    text = """g (float[b,s,4] x, int64[b,k] which) => (float[b,k,4] y) {
+      y0 = Gather <axis = 1> (x, which) y = ReduceSum <keepdims = 0> (y0, one) }"""
+    with pytest.raises(files.BadInput, match=r"found which int64 \(b, k\); give --inputs"):
+        infer(tmp_path, text, one=np.array([1]))
+
+
+def test_a_file_of_arrays_is_checked_against_the_model(tmp_path):
+    path = write(
+        tmp_path / "a.onnx",
+        f"{OPSET} {MASKED}",
+        words=np.ones((13, 4), np.float32),
+        two=np.array([2]),
+    )
+    ids, mask = np.array([[1, 12]]), np.array([[1, 0]])
+
+    def load(**arrays):
+        np.savez(tmp_path / "feeds.npz", **arrays)
+        return feeds.load(tmp_path / "feeds.npz", path)
+
+    [feed], description = load(ids=ids, mask=mask)
+    np.testing.assert_array_equal(feed.keys["mask"], [[True, False]])
+    assert "feeds.npz" in description
+    wrong = {
+        "expected arrays ids, mask": {"ids": ids},
+        "expected arrays ids, mask, found ids, mask, more": {"ids": ids, "mask": mask, "more": ids},
+        "expected ids int64": {"ids": ids.astype(np.float32), "mask": mask},
+        "expected mask int64": {"ids": ids, "mask": mask[0]},
+        "expected ids below 13": {"ids": ids + 1, "mask": mask},
+    }
+    for message, arrays in wrong.items():
+        with pytest.raises(files.BadInput, match=message):
+            load(**arrays)
+    for content in (b"", b"no arrays", np.array([object()])):
+        bad = tmp_path / "bad.npz"
+        if isinstance(content, bytes):
+            bad.write_bytes(content)
+        else:
+            np.savez(bad, ids=content)
+        with pytest.raises(files.BadInput, match=r"expected an \.npz file of arrays"):
+            feeds.load(bad, path)
