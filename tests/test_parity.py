@@ -110,7 +110,7 @@ def test_rows_without_a_key_must_be_finite_where_the_reference_is(tmp_path):
     )
     attention = fused().replace("a =", "a1 =") + keys + nan
     more = {"last": np.array([1]), "axes2": np.array([1]), "no": np.array(0)}
-    report = compare(plain(tmp_path, "a"), plain(tmp_path, "b", attention, **more))
+    report = compare(plain(tmp_path, "a"), plain(tmp_path, "b", attention))
     assert not report.held
     assert "not finite in a row without a key" in report.candidates[0].reason
 
