@@ -5,4 +5,3 @@ import os
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # tests never touch the network; the notebooks' kernels inherit it
 )
-os.environ["MPLBACKEND"] = "agg"

@@ -155,6 +155,7 @@ def runner(model: torch.nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str
             outputs = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
         return {name: value.numpy() for name, value in outputs.items() if torch.is_tensor(value)}
 
+    run.__qualname__ = f"{type(model).__name__} in PyTorch"
     return run
 
 
