@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import graph
 
-    model = graph.load(files.check(arguments.model))
+    model = graph.load(files.check(arguments.model), weights=False)
     sites, operators = graph.sites(model), graph.counts(model)
     answer = {
         "opset": dict(model.opset_imports),

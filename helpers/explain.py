@@ -406,8 +406,10 @@ def explain(
             error = f"{type(raised).__name__} ({raised}) at {PurePath(where.filename).name}"
             error += f":{where.lineno} ({where.line})"
         gc.collect()  # the optimizer leaves temporary folders behind, with a warning
-    model = ir.from_proto(proto or onnx.load(path))
+    model = ir.from_proto(proto) if proto else graph.load(path, weights=False)
     sites = graph.sites(model)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # the sites keep their graph, which needs no weights any more
     calls = {call.anchor.output: call for call in watch.calls if not call.fused}
     reasons: dict[object, Reason] = {}
     for site in sites:

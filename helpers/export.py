@@ -75,7 +75,7 @@ def export(
         save = _torchscript if route == "torchscript" else _transformers
         save(model.eval(), dict(inputs), Path(path), ROUTES[route], dynamic)
     seconds = time.perf_counter() - start
-    nodes = sum(graph.counts(graph.load(path)).values())
+    nodes = sum(graph.counts(graph.load(path, weights=False)).values())
     return Export(Path(path), route, seconds, nodes, files.size(path) / 1e6)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
@@ -63,9 +64,23 @@ class Site:
     context: ir.Node | None = None
 
 
-def load(path: str | Path) -> ir.Model:
-    """The model at `path`; weights stay in the file until they are read. Functions are inlined."""
-    model = ir.load(Path(path).absolute())  # a bare name skips the check on external data
+def load(path: str | Path, *, weights: bool = True) -> ir.Model:
+    """The model at `path`, its functions inlined.
+
+    Without `weights`, tensors above 64 KB are left out: their names, types and shapes are there,
+    their values must not be read. It takes as much less memory.
+    """
+    path = Path(path).absolute()  # a bare name skips onnx_ir's check on external data
+    if weights:
+        model = ir.load(path)
+    else:
+        proto = onnx.load(path, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            if len(tensor.raw_data) > 2**16:
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                tensor.external_data.add(key="location", value="left out")
+        model = ir.from_proto(proto)
     if model.functions:
         passes.InlinePass()(model)
     return model

@@ -271,7 +271,8 @@ def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
         path = Path(model).absolute()
         proto = onnx.load(path, load_external_data=False)
         made = {name for node in proto.graph.node for name in node.output}
-        inputs = [site.node.inputs[0].name for site in graph.sites(graph.load(path)) if site.scores]
+        sites = graph.sites(graph.load(path, weights=False))
+        inputs = [site.node.inputs[0].name for site in sites if site.scores]
         wanted = [name for name in dict.fromkeys(inputs) if name in made]
         if wanted:
             del proto.graph.output[:]

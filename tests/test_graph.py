@@ -193,6 +193,16 @@ def test_block_is_cut_out_and_computes_the_same(tmp_path):
     np.testing.assert_allclose(files.session(small).run(None, {"x": x})[0], expected, atol=1e-6)
 
 
+def test_load_without_weights_finds_the_same(tmp_path):
+    big = np.ones((8, 8192), np.float32)
+    text = f"{HEAD} g (float[n,8] x) => (float[n,8192] y) {{ y = MatMul (x, big) }}"
+    path = write(tmp_path / "a.onnx", text, big=big)
+    light = load(path, weights=False)
+    assert light.graph.initializers["big"].const_value.shape == (8, 8192)
+    assert counts(light) == counts(load(path))
+    assert names(write(tmp_path / "b.onnx")) == ["n_softmax"]
+
+
 def test_neighbours_counts_steps(tmp_path):
     model = load(write(tmp_path / "a.onnx"))
     near = {node.name for node in neighbours(find(model, "n_softmax"), up=2, down=1)}
