@@ -7,34 +7,27 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from helpers import files
+from helpers.worker import Failed, Worker
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
 TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
-
-Model = Callable[[dict[str, np.ndarray]], object]  # input arrays by name to outputs, of any type
 
 # By kind of contender, the same in every notebook: Okabe and Ito's colours, told apart by the
 # colour-blind, and markers, told apart in black and white.
@@ -217,10 +210,14 @@ def run(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = {
-            contender.label: stack.enter_context(
-                contextlib.closing(_Worker(contender, arrays, threads, timeout, folder / str(n)))
+            c.label: stack.enter_context(
+                contextlib.closing(
+                    Worker(
+                        c.path, c.factory, c.arguments, arrays, threads, timeout, folder / str(n)
+                    )
+                )
             )
-            for n, contender in enumerate(contenders)
+            for n, c in enumerate(contenders)
         }
 
         def take_turn(label: str, times: int | None) -> float | None:
@@ -229,7 +226,7 @@ def run(
                 if times is not None:
                     workers[label].send(times)
                 return workers[label].receive()
-            except _Failed as failed:
+            except Failed as failed:
                 reasons[label] = str(failed)
                 workers[label].close()
 
@@ -273,14 +270,14 @@ def profile(
     with tempfile.TemporaryDirectory() as folder:
         arguments = {"path": str(path), "runs": runs, "threads": threads}
         arguments["prefix"] = str(Path(folder) / "profile")
-        contender = Contender("", "ours", path, "helpers.benchmark:_profiled", arguments)
-        worker = _Worker(contender, arrays, threads, TIMEOUT, Path(folder) / "worker")
+        profiled, own = "helpers.worker:profiled", Path(folder) / "worker"
+        worker = Worker(path, profiled, arguments, arrays, threads, TIMEOUT, own)
         with contextlib.closing(worker):
             try:
                 worker.receive()
                 worker.send(1)
                 worker.receive()
-            except _Failed as failed:
+            except Failed as failed:
                 raise files.BadInput(
                     f"{path}: expected a model that runs on the given arrays, found: {failed};"
                     " check the file and its inputs"
@@ -336,149 +333,6 @@ def plot_profile(profiles: Mapping[str, "pandas.DataFrame"], *, top: int = 8) ->
     return figure
 
 
-class _Failed(Exception):
-    """Why a contender gave no answer, in one line."""
-
-
-class _Worker:
-    """A contender's own process, started at once; it answers in the order in which it is asked.
-
-    JSON lines go in and out: first what to load (`folder` is its own, for inputs and messages),
-    then numbers of runs; back come seconds or an error. It ends by itself with its standard input.
-    """
-
-    def __init__(
-        self,
-        contender: Contender,
-        arrays: Mapping[str, np.ndarray],
-        threads: int,
-        timeout: float,
-        folder: Path,
-    ):
-        folder.mkdir()
-        self.path, self.timeout, self.hung = contender.path, timeout, False
-        self.messages = folder / "stderr.txt"
-        np.savez(folder / "arrays.npz", **arrays)
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # can import what we can
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait do not spin
-        }
-        what = {
-            "path": str(contender.path),
-            "factory": contender.factory,
-            "arguments": dict(contender.arguments),
-            "arrays": str(folder / "arrays.npz"),
-            "threads": threads,
-        }
-        line = json.dumps(what)  # raises on arguments it cannot carry, before anything is started
-        with self.messages.open("wb") as messages:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "helpers.benchmark"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=messages,
-                bufsize=0,
-                env=environment,
-            )
-        self.send(line)
-
-    def send(self, line: str | int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has died; `receive` tells
-            self.process.stdin.write(f"{line}\n".encode())
-
-    def receive(self) -> float | None:
-        """The next answer: the median of the seconds of its runs, None after loading."""
-        timer = threading.Timer(self.timeout, self._give_up)
-        timer.start()
-        try:
-            line = self.process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line:
-            raise _Failed(self._death())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise _Failed(self._one_line(answer["error"]))
-        return answer["seconds"]
-
-    def _give_up(self) -> None:
-        self.hung = True
-        self.process.kill()
-
-    def _death(self) -> str:
-        status = self.process.wait()
-        if self.hung:
-            return f"no answer within {self.timeout:g} s"
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        said = self.messages.read_text(errors="replace").strip().splitlines()
-        return self._one_line(f"its process died with {how}" + (f": {said[-1]}" if said else ""))
-
-    def _one_line(self, text: str) -> str:
-        """Short, and with the model's name in place of its path, so that it can be published."""
-        if self.path is not None:
-            text = text.replace(str(self.path), self.path.name)
-        return textwrap.shorten(text, 240, placeholder=" …")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-def _work() -> None:
-    """What a contender's own process does, until its standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-
-    def answer(**fields: object) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
-
-    try:
-        what = json.loads(sys.stdin.readline())
-        with np.load(what["arrays"]) as stored:
-            arrays = dict(stored)
-        if what["factory"] is None:
-            model = _on_onnxruntime(what["path"], what["threads"])
-        else:
-            module, _, function = what["factory"].partition(":")
-            model = getattr(importlib.import_module(module), function)(**what["arguments"])
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(what["threads"])
-        answer(seconds=None)
-        for line in sys.stdin:
-            seconds = []
-            for _ in range(json.loads(line)):
-                start = time.perf_counter()
-                model(arrays)
-                seconds.append(time.perf_counter() - start)
-            answer(seconds=float(np.median(seconds)) if seconds else None)
-    except Exception as error:  # whatever a model raises is the reason why it has no times
-        answer(error=f"{type(error).__name__}: {error}")
-
-
-def _on_onnxruntime(path: str, threads: int) -> Model:
-    session = files.session(path, threads=threads)
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise RuntimeError(f"expected the CPU provider alone, found {session.get_providers()}")
-    names = [value.name for value in session.get_inputs()]
-    return lambda arrays: session.run(None, {n: arrays[n] for n in names if n in arrays})
-
-
-def _profiled(path: str, prefix: str, runs: int, threads: int) -> Model:
-    """For `profile`: a function that writes the profile of two runs to warm up, then `runs`."""
-    session = files.session(path, threads=threads, profile_prefix=prefix)
-    names = [value.name for value in session.get_inputs()]
-
-    def model(arrays: dict[str, np.ndarray]) -> None:
-        for _ in range(2 + runs):
-            session.run(None, {n: arrays[n] for n in names if n in arrays})
-        session.end_profiling()
-
-    return model
-
-
 def _machine(threads: int) -> str:
     """Processor, cores, threads and versions, in one line that names no machine."""
     processor = platform.processor() or platform.machine()
@@ -489,7 +343,3 @@ def _machine(threads: int) -> str:
         processor = found[1]
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime"))
     return f"{processor}, {os.cpu_count()} cores, {threads} threads; {', '.join(versions)}"
-
-
-if __name__ == "__main__":
-    _work()
