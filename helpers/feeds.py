@@ -127,8 +127,9 @@ def _follow(value: ir.Value, one: _Input) -> None:
 # ── Sizes ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _symbols(dim: int | str) -> set[str]:
-    return set() if isinstance(dim, int) else set(re.findall(r"[A-Za-z_]\w*", dim)) - {"Max", "Min"}
+def _symbols(dim: int | str) -> list[str]:
+    names = [] if isinstance(dim, int) else re.findall(r"[A-Za-z_]\w*", dim)
+    return [name for name in names if name not in ("Max", "Min")]
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -161,8 +162,9 @@ class _Sizes:
         caches = caches if len(caches) > 1 else []  # one alone is an image
 
         def claim(kind: str, dims: list[int | str]) -> None:
-            for symbol in set().union(*map(_symbols, dims)) if dims else ():
-                self.kind.setdefault(symbol, kind)
+            for dim in dims:
+                for symbol in _symbols(dim):
+                    self.kind.setdefault(symbol, kind)
 
         for one in inputs:
             claim(BATCH, one.dims[:1] if len(one.dims) > 1 else [])
@@ -254,16 +256,19 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
             f" ({'; '.join(map(str, inputs))}), found: {problems[0][:300]}; give --inputs FEEDS.npz"
         )
     # The smallest signal proves little: convolutions may leave one frame of it.
-    grown = [(s * smallest.signal, t) for s in (40, 4, 2, 1) for t in (17, smallest.token)]
+    factors = (40, 4, 2, 1) if sizes.waveform else (4, 2, 1)
+    grown = [(f * smallest.signal, token) for f in factors for token in (17, smallest.token)]
     larger = [dataclasses.replace(smallest, signal=s, token=t) for s, t in grown]
     long = next((at for at in larger if problem(at) is None), smallest)
     half = dataclasses.replace(smallest, signal=long.signal // 2)
     short = half if problem(half) is None else smallest
     masked = any(one.is_mask for one in inputs)
     keep = not _inverted(session, inputs, feed("", short))
-    more = long if long.batch == 1 else dataclasses.replace(long, batch=3)
+    single, more = dataclasses.replace(short, batch=1), dataclasses.replace(long, batch=3)
+    single = single if problem(single) is None else short
+    more = more if long.batch > 1 and problem(more) is None else long
     feeds = [
-        feed("short", dataclasses.replace(short, batch=1), "no", keep),
+        feed("short", single, "no", keep),
         feed("long", more, "no", keep),
     ]
     if masked:

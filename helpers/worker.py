@@ -154,7 +154,7 @@ def _on_onnxruntime(path: str, threads: int) -> Model:
 
 
 def profiled(path: str, prefix: str, runs: int, threads: int) -> Model:
-    """For `benchmark.profile`: a function that writes the profile of two warm-up runs and `runs`."""
+    """For `benchmark.profile`: a function that writes a profile of two warm-up runs and `runs`."""
     session = files.session(path, threads=threads, profile_prefix=prefix)
     names = [value.name for value in session.get_inputs()]
 
