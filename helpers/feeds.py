@@ -26,6 +26,7 @@ _PASSING = {  # what leaves ids as they are
     *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
+_ROTATING = _PASSING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
 _OPERATIONS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -55,7 +56,7 @@ class Feed:
                 continue
             arrays[name] = array = array.copy()
             if array.dtype.kind == "f":
-                array[rows] += 1
+                array[rows] *= -1  # a constant added would be lost in a LayerNormalization
             else:  # 0 and 1 are in range of any table
                 array[rows] = array[rows] == 0
         return arrays
@@ -70,6 +71,7 @@ class _Input:
     dims: list[int | str]
     bound: int | None = None  # of the smallest table that its values index
     indexes: bool = False  # whether it indexes something that is not a table
+    positions: bool = False  # whether sines and cosines are made of it
 
     @property
     def is_float(self) -> bool:
@@ -79,7 +81,8 @@ class _Input:
     def is_mask(self) -> bool:
         if self.is_float:
             return "mask" in self.name and len(self.dims) < 4
-        return self.bound is None and not self.indexes and len(self.dims) > 1
+        known = self.bound is not None or self.indexes or self.positions
+        return not known and len(self.dims) > 1
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} ({', '.join(map(str, self.dims))})"
@@ -107,9 +110,9 @@ def _inputs(path: Path) -> list[_Input]:
     return found
 
 
-def _follow(value: ir.Value, one: _Input) -> None:
-    """Find the tables that an integer input indexes."""
-    queue, seen = [value], set()
+def _follow(origin: ir.Value, one: _Input) -> None:
+    """Find what an integer input holds: ids, by the tables that it indexes, or positions."""
+    queue, seen = [origin], set()
     while queue:
         value = queue.pop()
         for node, index in value.uses():
@@ -122,14 +125,36 @@ def _follow(value: ir.Value, one: _Input) -> None:
             elif node.op_type in _PASSING and node not in seen:
                 seen.add(node)
                 queue.extend(node.outputs)
+    one.positions = one.bound is None and not one.indexes and _rotates(origin)
+
+
+def _rotates(value: ir.Value) -> bool:
+    """Whether the angles of rotary embeddings are made of an input: it holds positions, no mask."""
+    queue, seen = [value], set()
+    while queue:
+        for node, _ in queue.pop().uses():
+            if node.op_type in ("Cos", "RotaryEmbedding", "Sin"):
+                return True
+            if node.op_type in _ROTATING and node not in seen:
+                seen.add(node)
+                queue.extend(node.outputs)
+    return False
 
 
 # ── Sizes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _symbols(dim: int | str) -> list[str]:
-    names = [] if isinstance(dim, int) else re.findall(r"[A-Za-z_]\w*", dim)
-    return [name for name in names if name not in ("Max", "Min")]
+    """The names in a dimension. What is no expression (seq.len, batch-size) is a name itself."""
+    if isinstance(dim, int):
+        return []
+    try:
+        ast.parse(dim, mode="eval")
+    except SyntaxError:
+        return [dim]
+    if re.search(r"[^\w\s()+*/%,-]|[A-Za-z_]\w*[-/][A-Za-z_]", dim):
+        return [dim]
+    return [name for name in re.findall(r"[A-Za-z_]\w*", dim) if name not in ("Max", "Min")]
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -176,7 +201,10 @@ class _Sizes:
             claim("token", [] if one.is_mask or one.is_float else one.dims)
         for one in inputs:
             claim("mask", one.dims)
-        self.waveform = any(one.is_float and len(one.dims) == 2 for one in inputs)
+        self.waveform = any(
+            one.is_float and not one.is_mask and len(one.dims) == 2 for one in inputs
+        )
+        self.image = not caches and any(one.is_float and len(one.dims) == 4 for one in inputs)
 
     def assign(self, at: "_At") -> dict[str, int]:
         """Sizes by name. Token lengths of other names (an encoder's, a decoder's) are apart."""
@@ -191,10 +219,13 @@ class _Sizes:
     def tries(self) -> Iterator["_At"]:
         """Sizes to try, the likeliest first."""
         kinds = set(self.kind.values())
+        masks = ("token", "sum", "signal")
+        if "signal" in kinds and (self.waveform or "token" not in kinds):
+            masks = ("signal", "token", "sum")  # of another length it runs too, and masks nothing
         for batch in (2, 1):
             for cache in (5, 0) if "cache" in kinds else (5,):
                 for signal in LADDER if "signal" in kinds else LADDER[:1]:
-                    for mask in ("token", "sum", "signal") if "mask" in kinds else ("token",):
+                    for mask in masks if "mask" in kinds else ("token",):
                         for apart in (2, 0):
                             yield _At(batch, 8, cache, signal, mask, apart)
         if "token" in kinds:  # the length that was traced may be the only one
@@ -229,7 +260,14 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
                 f"{path}: expected inputs that can be inferred (ids, masks, floats), found {one};"
                 " give --inputs FEEDS.npz"
             )
-    sizes, session = _Sizes(inputs), files.session(path)
+    sizes = _Sizes(inputs)
+    try:
+        session = files.session(path)
+    except Exception as error:  # ONNX Runtime's own types
+        raise files.BadInput(
+            f"{path}: expected a model that ONNX Runtime {ort.__version__} can load,"
+            f" found: {error}; export it again"
+        ) from None
 
     def feed(name: str, at: _At, padding: str = "no", keep: bool = True) -> Feed:
         arrays = _arrays(inputs, sizes.assign(at), padding, keep)
@@ -255,8 +293,8 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
             f"{path}: expected a model that runs on inputs inferred from its graph"
             f" ({'; '.join(map(str, inputs))}), found: {problems[0][:300]}; give --inputs FEEDS.npz"
         )
-    # The smallest signal proves little: convolutions may leave one frame of it.
-    factors = (40, 4, 2, 1) if sizes.waveform else (4, 2, 1)
+    # The smallest signal proves little: convolutions may leave one frame of it, which is one key.
+    factors = (40 if sizes.waveform else 16 if sizes.image else 4, 4, 2, 1)
     grown = [(f * smallest.signal, token) for f in factors for token in (17, smallest.token)]
     larger = [dataclasses.replace(smallest, signal=s, token=t) for s, t in grown]
     long = next((at for at in larger if problem(at) is None), smallest)
@@ -277,7 +315,9 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
             feed("long, padded on the left", more, "left", keep),
             feed("short, one sample padding altogether", short, "all", keep),
         ]
-    return feeds, _describe(inputs, feeds, keep)
+    one_only = smallest.batch == 1 and BATCH in sizes.kind.values()
+    note = "; batch 1, since the model refuses a batch of 2" if one_only else ""
+    return feeds, _describe(inputs, feeds, keep) + note
 
 
 # ── Values ──────────────────────────────────────────────────────────────────────────────────────
@@ -296,18 +336,18 @@ def _arrays(
             length = shape[-1]
             for row in range(shape[0]):
                 cut = (length // 3 + row) % length if row or shape[0] == 1 else 0
-                if padding == "right" and cut:
-                    values[row, ..., length - cut :] = not keep
-                if padding == "left" and cut and len(shape) == 2:
+                if padding == "left" and len(shape) == 2:
                     values[row, :cut] = not keep
+                elif padding in ("left", "right"):  # images are padded on the right alone
+                    values[row, ..., length - cut :] = not keep
             if padding == "all" and len(shape) == 2:
                 values[-1] = not keep
         elif one.is_float:
             values = random.normal(size=shape)
         elif one.bound is not None:
             values = random.integers(0, one.bound, size=shape)
-        else:  # of one axis or none: positions, or a flag
-            values = np.arange(shape[0]) if shape else 1
+        else:  # positions, or a flag
+            values = np.broadcast_to(np.arange(shape[-1]), shape) if shape else 1
         arrays[one.name] = np.asarray(values).astype(one.dtype)
     return arrays
 
@@ -360,7 +400,7 @@ def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
     try:
         with np.load(npz, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise files.BadInput(
             f"{npz}: expected an .npz file of arrays, found: {error}; write it with numpy.savez"
         ) from None

@@ -3,8 +3,8 @@
 Compared is every row that has at least one key. A row that has none (it is padding altogether; or
 the first rows of a causal model, padded on the left; or the window of a row holds padding alone)
 has no single right value: kernels give NaN, zero, or the mean of the values. It must only be finite
-where the reference is. Which rows these are is read off the graph: the scores that go into the
-Softmax of an attention site are all masked there.
+where the reference is. Which rows these are is read off the graph: the scores of an attention site
+(what goes into its Softmax; of a standard Attention, its fourth output) are all masked there.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def compare(
     expected: list[tuple[Feed, Outputs, Outputs]] = []  # outputs, and where rows have a key
     for feed in feeds:
         outputs = _reference(plain, feed)
-        kept = _kept(plain, feed, outputs, _empty(feed, scores))
+        kept = _kept(plain, feed, outputs, _empty(feed, outputs, scores))
         bad = [name for name, out in outputs.items() if _nan(out[kept[name]])]
         if not bad:
             expected.append((feed, outputs, kept))
@@ -159,6 +159,9 @@ def compare(
             f"{plain.name}: expected numbers from the reference, found NaN on all inputs that were"
             " inferred; give --inputs FEEDS.npz"
         )
+    passed = [feed.name for feed in feeds if not any(feed is one for one, _, _ in expected)]
+    if passed:
+        description += f"; passed over, since the reference gives NaN: {', '.join(passed)}"
     noise: dict[str, float] = {}
     if plain.function is None:
         optimised = _Runner(reference)
@@ -186,7 +189,11 @@ def _judge(
     expected: list[tuple[Feed, Outputs, Outputs]],
     noise: dict[str, float],
 ) -> Candidate:
-    other = _Runner(model)
+    try:
+        other = _Runner(model)
+    except Exception as error:  # ONNX Runtime's own types
+        reason = " ".join(f"does not load: {error}".split())[:300]
+        return Candidate(str(model), False, float("inf"), reason=reason)
     if other.function is None and plain.function is None and other.inputs != plain.inputs:
         raise files.BadInput(
             f"{other.name}: expected the inputs of {plain.name} ({_listed(plain.inputs)}),"
@@ -264,16 +271,19 @@ def _difference(expected: np.ndarray, found: np.ndarray) -> float:
 
 def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
     """A session that gives what goes into the Softmax of each attention site, from the first of
-    `models` that is a file with such sites; None where all are fused, or functions."""
+    `models` that is a file with such sites, or standard Attention; None where there is none."""
     for model in models:
         if callable(model):
             continue
         path = Path(model).absolute()
         proto = onnx.load(path, load_external_data=False)
+        nodes = {name: node for node in proto.graph.node for name in node.output}
+        names = [
+            site.node.inputs[0].name if site.scores else _open(nodes.get(site.node.outputs[0].name))
+            for site in graph.sites(graph.load(path, weights=False))
+        ]
         made = {name for node in proto.graph.node for name in node.output}
-        sites = graph.sites(graph.load(path, weights=False))
-        inputs = [site.node.inputs[0].name for site in sites if site.scores]
-        wanted = [name for name in dict.fromkeys(inputs) if name in made]
+        wanted = [name for name in dict.fromkeys(names) if name in made]
         if wanted:
             del proto.graph.output[:]
             proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
@@ -281,7 +291,22 @@ def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
     return None
 
 
-def _empty(feed: Feed, scores: ort.InferenceSession | None) -> list[np.ndarray]:
+def _open(node: onnx.NodeProto | None) -> str | None:
+    """Have a standard Attention give its masked scores as its fourth output, of the name returned;
+    None where the node is another, or gives scores already."""
+    if node is None or node.op_type != "Attention" or node.domain not in graph.STANDARD:
+        return None
+    node.output.extend([""] * (4 - len(node.output)))
+    if node.output[3]:
+        return None
+    node.output[3] = f"{node.output[0]}_scores"
+    kept = [one for one in node.attribute if one.name != "qk_matmul_output_mode"]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute("qk_matmul_output_mode", 2)])
+    return node.output[3]
+
+
+def _empty(feed: Feed, outputs: Outputs, scores: ort.InferenceSession | None) -> list[np.ndarray]:
     """Where rows have no key, as (batch, rows) for each number of rows there is.
 
     Without `scores` every row that is padding itself is taken for one, which leaves out more than
@@ -292,13 +317,18 @@ def _empty(feed: Feed, scores: ort.InferenceSession | None) -> list[np.ndarray]:
     if scores is None:
         return [~keys for keys in feed.keys.values()]
     batch = len(next(iter(feed.keys.values())))
+    lengths = {a.shape[1] for a in (*feed.arrays.values(), *outputs.values()) if a.ndim in (2, 3)}
     found: dict[int, np.ndarray] = {}
     for values in scores.run(None, feed.arrays):
         lowest = -1e30 if values.dtype != np.float16 else -6e4  # masks add the smallest float
         masked = ~(values > lowest).any(axis=-1)  # (batch, heads, rows) or (batch · heads, rows)
         rows = masked.shape[-1]
         if masked.size and len(masked) % batch == 0:
-            masked = masked.reshape(batch, -1, rows).any(axis=1)
+            masked = masked.reshape(batch, -1, rows)
+            if rows in lengths:
+                masked = masked.any(axis=1)
+            else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
+                masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
             found[rows] = found.get(rows, False) | masked
     return [masked for masked in found.values() if masked.any()]
 
@@ -308,14 +338,20 @@ def _kept(model: _Runner, feed: Feed, outputs: Outputs, empty: list[np.ndarray])
 
     Left out are the rows that are `empty` in outputs (batch, rows, …), in keys and values that are
     kept (batch, heads, rows, …), samples that are empty altogether, and in any other output what
-    changes with the inputs there.
+    changes with the inputs there. An output that does not depend on inputs of that length at all,
+    such as the image's beside a padded text, is compared in full.
     """
     kept = {name: np.ones(out.shape, bool) for name, out in outputs.items()}
     for rows in empty:
         arrays = feed.changed(rows)
         changed = model.run(arrays) if arrays else outputs
+        others = feed.changed(np.ones_like(rows))
+        known = any(others[name] is not feed.arrays[name] for name in others)
+        moved = model.run(others) if known else {}
         for name, out in outputs.items():
             batch, number = rows.shape
+            if known and np.array_equal(out, moved[name]):
+                continue
             if out.ndim and len(out) == batch:
                 kept[name][rows.all(axis=1)] = False
             if out.shape[:2] == rows.shape and out.ndim > 2:

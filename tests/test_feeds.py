@@ -1,6 +1,8 @@
 """Inputs inferred from a graph, and read from a file."""
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from graphs import write
 
@@ -98,6 +100,89 @@ def test_lengths_are_tried_until_the_model_runs(tmp_path):
     assert lengths[0] > 400 + 4 * 320  # some frames, and not one
 
 
+def test_a_mask_of_its_own_length_is_as_long_as_the_waveform(tmp_path):
+    """It runs at any length, but only at the waveform's does it mask anything."""
+    cases, _ = infer(
+        tmp_path,
+        """g (float[b,n] x, int64[c,t] mask) => (float[b,4,m] y) {
+          u = Unsqueeze (x, one) v = Conv <strides = [4]> (u, kernel)
+          w = Cast <to = 1> (mask) s = ReduceSum (w) y = Add (v, s) }""",
+        one=np.array([1]),
+        kernel=np.ones((4, 1, 16), np.float32),
+    )
+    for feed in cases:
+        assert feed.arrays["mask"].shape == feed.arrays["x"].shape
+
+
+def test_an_image_is_large_enough_for_several_keys(tmp_path):
+    cases, _ = infer(
+        tmp_path,
+        """g (float[b,3,h,w] x, int64[b,k,l] mask) => (float[b,4,p,q] y) {
+          v = Conv <strides = [32, 32]> (x, kernel) m = Cast <to = 1> (mask)
+          s = ReduceSum (m) y = Add (v, s) }""",
+        kernel=np.ones((4, 3, 1, 1), np.float32),
+    )
+    assert max(shape[2] for shape in shapes(cases, "x")) > 3 * 32
+    for feed in cases:
+        assert feed.arrays["mask"].shape[1:] == feed.arrays["x"].shape[2:]
+    [large] = [feed.arrays["mask"] for feed in cases if "long" in feed.name and "left" in feed.name]
+    assert (large[1, :, ::32] == 0).any()  # the padding is there in patches too
+
+
+def test_positions_of_rotary_embeddings_are_no_mask(tmp_path):
+    cases, _ = infer(
+        tmp_path,
+        """g (float[b,s,4] x, int64[b,s] where, int64[b,s] mask) => (float[b,s,4] y) {
+          p = Cast <to = 1> (where) u = Unsqueeze (p, last) a = MatMul (u, frequencies)
+          c = Cos (a) z = Mul (x, c) m = Cast <to = 1> (mask) n = Unsqueeze (m, last)
+          y = Mul (z, n) }""",
+        last=np.array([2]),
+        frequencies=np.ones((1, 4), np.float32),
+    )
+    for feed in cases:
+        assert set(feed.keys) == {"mask"}
+        assert (feed.arrays["where"] == np.arange(feed.arrays["where"].shape[1])).all()
+
+
+@pytest.mark.parametrize("name", ["seq.len", "batch-size", "encoder/length", "a b", "dim:0"])
+def test_a_dimension_that_is_no_expression_is_a_name(name):
+    assert feeds._symbols(name) == [name]
+    assert feeds._size(name, {name: 7}) == 7
+
+
+def test_a_model_that_takes_one_sample_at_a_time_gets_that(tmp_path):
+    cases, description = infer(
+        tmp_path,
+        "g (float[b,s,4] x) => (float[s,4] y) { y = Squeeze (x, first) }",
+        first=np.array([0]),
+    )
+    assert {shape[0] for shape in shapes(cases, "x")} == {1}
+    assert "refuses a batch of 2" in description
+
+
+def test_a_model_that_does_not_load_is_bad_input(tmp_path):
+    text = '<ir_version: 8, opset_import: ["" : 17, "elsewhere" : 1]>'
+    path = tmp_path / "a.onnx"
+    onnx.save(
+        onnx.parser.parse_model(
+            f"{text} g (float[b] x) => (float[b] y) {{ y = elsewhere.Op (x) }}"
+        ),
+        path,
+    )
+    with pytest.raises(files.BadInput, match="expected a model that ONNX Runtime"):
+        feeds.infer(path)
+
+
+def test_changed_floats_are_told_apart_behind_a_layer_normalization():
+    x = np.random.default_rng(0).normal(size=(1, 3, 8))
+    rows = np.array([[True, False, False]])
+    changed = feeds.Feed("", {"x": x}).changed(rows)["x"]
+    np.testing.assert_array_equal(changed[~rows], x[~rows])
+    assert (
+        abs((changed - changed.mean(-1, keepdims=True)) - (x - x.mean(-1, keepdims=True))).max() > 1
+    )
+
+
 def test_a_cache_is_as_long_as_the_mask_says(tmp_path):
     cases, _ = infer(
         tmp_path,
@@ -164,3 +249,7 @@ def test_a_file_of_arrays_is_checked_against_the_model(tmp_path):
             np.savez(bad, ids=content)
         with pytest.raises(files.BadInput, match=r"expected an \.npz file of arrays"):
             feeds.load(bad, path)
+    one_array = tmp_path / "one.npy"
+    np.save(one_array, ids)
+    with pytest.raises(files.BadInput, match=r"expected an \.npz file of arrays"):
+        feeds.load(one_array, path)

@@ -113,6 +113,83 @@ def test_rows_without_a_key_must_be_finite_where_the_reference_is(tmp_path):
     assert "not finite in a row without a key" in report.candidates[0].reason
 
 
+def test_a_padded_row_that_has_keys_is_compared_where_all_is_fused(tmp_path):
+    """What rows lack keys is read off an Attention too: a padded query still sees the others."""
+    zeroed = (
+        fused().replace("a =", "a1 =")
+        + """
+      q_mask = Unsqueeze (m0, query_axes) a = Mul (a1, q_mask)"""
+    )
+    reference = plain(tmp_path, "a", fused())
+    other = plain(tmp_path, "b", zeroed, query_axes=np.array([1, 3]))
+    assert not compare(reference, other).held
+
+
+@pytest.mark.parametrize("mask", [plain, causal])
+def test_a_fused_reference_raises_no_false_alarm(mask, tmp_path):
+    assert compare(mask(tmp_path, "a", fused()), mask(tmp_path, "b")).held
+
+
+IMAGE = """ w0 = ReduceMax <keepdims = 1> (mask, one_i) w1 = Cast <to = 1> (w0)
+  w2 = Unsqueeze (w1, two) w = Mul (image, {}) """
+
+
+def test_an_image_beside_a_padded_text_is_compared(tmp_path):
+    """The wrong one loses the image of the sample whose text is padding altogether."""
+    head = HEAD.replace("mask)", "mask, float[batch,5,8] image)").replace(
+        "z)", "z, float[batch,5,8] w)"
+    )
+    bias = "z0 = Expand (zero, shape) bias = Add (m3, z0)"
+    paths = [
+        write(
+            tmp_path / f"{factor}.onnx",
+            head + "{" + START + bias + UNFUSED + IMAGE.format(factor) + END + "}",
+            two=np.array([2]),
+            **CONSTANTS,
+        )
+        for factor in ("one", "w2")
+    ]
+    report = compare(*paths)
+    assert not report.held
+    assert report.candidates[0].where.startswith("w[")
+
+
+def test_scores_in_another_layout_leave_out_whole_samples_only():
+    """Longformer's are (batch, rows, heads, window): the heads are not rows."""
+
+    class Scores:
+        def run(self, _, arrays):
+            values = np.zeros((2, 6, 4, 5), np.float32)
+            values[arrays["mask"] == 0] = np.finfo(np.float32).min
+            return [values]
+
+    mask = np.array([[1] * 6, [1] * 4 + [0] * 2])
+    for last, expected in ((mask[1], []), (0 * mask[1], [[False] * 4, [True] * 4])):
+        mask[1] = last
+        feed = feeds.Feed("", {"mask": mask}, {"mask": mask == 1})
+        empty = parity._empty(feed, {"y": np.zeros((2, 6, 8))}, Scores())
+        assert [rows.tolist() for rows in empty] == ([expected] if expected else [])
+
+
+def test_what_was_passed_over_is_said(tmp_path):
+    path = write(
+        tmp_path / "a.onnx",
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (int64[b,s] mask) => (float[b,s] y) { m = Cast <to = 1> (mask) y = Div (m, m) }""",
+    )
+    assert "passed over, since the reference gives NaN: short, padded" in compare(path, path).inputs
+
+
+def test_a_candidate_that_does_not_load_has_not_held(tmp_path):
+    reference, other = plain(tmp_path, "a"), plain(tmp_path, "b")
+    proto = onnx.load(other)
+    proto.graph.node[0].domain = "elsewhere"
+    onnx.save(proto, other)
+    report = compare(reference, other)
+    assert not report.held
+    assert "does not load" in report.candidates[0].reason
+
+
 def test_a_function_can_be_the_reference(tmp_path):
     path = plain(tmp_path, "a")
     cases, description = feeds.infer(path)
