@@ -8,19 +8,19 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
+import itertools
 import os
 import platform
 import re
 import tempfile
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from helpers import files
+from helpers import files, graph
+from helpers.contenders import LOOKS, Contender
 from helpers.worker import Failed, Worker
 
 if TYPE_CHECKING:
@@ -28,47 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
-
-# By kind of contender, the same in every notebook: Okabe and Ito's colours, told apart by the
-# colour-blind, and markers, told apart in black and white.
-COLOURS = {
-    "pytorch": "#000000",
-    "unfused": "#E69F00",
-    "stock": "#56B4E9",
-    "opset23": "#009E73",
-    "ours": "#D55E00",
-}
-MARKERS = {"pytorch": "o", "unfused": "s", "stock": "^", "opset23": "D", "ours": "P"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """What takes part: the model file at `path` on ONNX Runtime, or what `factory` makes.
-
-    `factory` is ``"module:function"``; the contender's process calls it with `arguments` (values
-    that JSON can carry) and times the function that it returns, from a dict of arrays to anything.
-    Beside a factory, `path` only tells the size. `kind` is a key of `COLOURS`, else ValueError.
-    """
-
-    label: str
-    kind: str
-    path: Path | None = None
-    factory: str | None = None
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kind not in COLOURS:
-            raise ValueError(f"kind: expected one of {', '.join(COLOURS)}, found {self.kind}")
-
-
-def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
-    """The model file at `path`, on ONNX Runtime's CPU provider."""
-    return Contender(label, kind, path=Path(path).absolute())
-
-
-def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
-    """PyTorch, as `factory` makes it: ``pytorch("eager", "helpers.models:pytorch", name=…)``."""
-    return Contender(label, "pytorch", factory=factory, arguments=arguments)
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf")
 
 
 class Speedup(NamedTuple):
@@ -79,30 +39,44 @@ class Speedup(NamedTuple):
     high: float
 
 
-def speedup(reference: np.ndarray, seconds: np.ndarray) -> Speedup:
-    """The median of the ratios `reference` / `seconds`, both (rounds,), paired by round.
+def speedup(reference: np.ndarray, times: np.ndarray) -> Speedup:
+    """The median of the ratios `reference` / `times`, both (rounds,), paired by round.
 
     The interval is a seeded percentile bootstrap over rounds (Efron 1979); of fewer than six rounds
     no interval of the median reaches 95 %, and it is about their range.
     """
-    ratios = np.asarray(reference) / np.asarray(seconds)
+    ratios = np.asarray(reference) / np.asarray(times)
     picks = np.random.default_rng(0).integers(len(ratios), size=(10_000, len(ratios)))
     low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
     return Speedup(float(np.median(ratios)), float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one contender showed. Arrays are (rounds,); `relative` are `seconds` over those that the
+    run's reference took in the same round. `peak` is bytes, of its process, loading included.
+
+    `outputs` are those of its first run, `operators` what its runtime ran, if it tells.
+    """
+
+    seconds: np.ndarray
+    relative: np.ndarray
+    peak: int
+    outputs: Mapping[str, np.ndarray]
+    operators: Mapping[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """What `run` measured: by label, `seconds` (rounds,) of who finished, `reasons` of who failed.
+    """What `run` measured on one case: by label, `measured` of who finished, `reasons` of the rest.
 
     `conditions` has the rounds, inputs, processor, threads and versions, in one line.
     """
 
     contenders: tuple[Contender, ...]
     reference: str
-    seconds: Mapping[str, np.ndarray]
+    measured: Mapping[str, Measured]
     reasons: Mapping[str, str]
-    megabytes: Mapping[str, float]
     conditions: str
 
     @property
@@ -118,46 +92,97 @@ class Result:
 
     def speedups(self) -> dict[str, Speedup]:
         """By label, for those who finished; empty where the reference did not."""
-        if self.reference not in self.seconds:
+        if self.reference not in self.measured:
             return {}
-        reference = self.seconds[self.reference]
-        return {label: speedup(reference, seconds) for label, seconds in self.seconds.items()}
+        reference = self.measured[self.reference].relative
+        return {label: speedup(reference, one.relative) for label, one in self.measured.items()}
+
+    def difference(self, label: str) -> float:
+        """The largest difference of any output from PyTorch's, the first contender of that kind.
+
+        NaN where either has no result, or where they have no output in common.
+        """
+        found = [c.label for c in self.contenders if c.kind == "pytorch"]
+        pytorch, own = (self.measured.get(one) for one in (found[0] if found else None, label))
+        if pytorch is None or own is None:
+            return np.nan
+        pairs = [(pytorch.outputs[name], own.outputs.get(name)) for name in pytorch.outputs]
+        largest = [
+            np.inf if a.shape != b.shape else np.max(np.abs(np.subtract(a, b, dtype=float)))
+            for a, b in pairs
+            if b is not None and a.size
+        ]
+        return float(max(largest, default=np.nan))
 
     def table(self) -> "pandas.DataFrame":
-        """A row for each contender, by label; MB is on disk, NaN where there is no file."""
+        """A row for each contender, by label.
+
+        MB are 10⁶ bytes: on disk, and of its process at the most. Nodes are those in the file, and
+        those that the runtime ran after optimising it by itself. NaN or empty: there is none.
+        """
         import pandas as pd
 
         speedups, rows = self.speedups(), []
-        for label in (contender.label for contender in self.contenders):
-            median, low, high = speedups.get(label, (np.nan,) * 3)
-            row = {"contender": label, "speed-up": median, "low": low, "high": high}
-            row["milliseconds"] = 1000 * np.median(self.seconds.get(label, np.nan))
-            row["MB"] = self.megabytes.get(label, np.nan)
-            rows.append(row | ({"reason": self.reasons.get(label, "")} if self.reasons else {}))
-        decimals = {"speed-up": 2, "low": 2, "high": 2, "milliseconds": 1, "MB": 1}
+        for contender in self.contenders:
+            one, file = self.measured.get(contender.label), contender.path
+            median, low, high = speedups.get(contender.label, (np.nan,) * 3)
+            difference = self.difference(contender.label)
+            ran = sum(one.operators.values()) if one and one.operators else ""
+            row = {
+                "contender": contender.label,
+                "speed-up": median,
+                "low": low,
+                "high": high,
+                "milliseconds": 1000 * np.median(one.seconds) if one else np.nan,
+                "MB on disk": files.size(file) / 1e6 if file and file.is_file() else np.nan,
+                "MB at most": one.peak / 1e6 if one else np.nan,
+                "difference": "" if np.isnan(difference) else f"{difference:.0e}",
+                "nodes": sum(_operators(file).values()) if one and file else "",
+                "nodes run": ran,
+            }
+            reason = self.reasons.get(contender.label, "")
+            rows.append(row | ({"reason": reason} if self.reasons else {}))
+        decimals = {"speed-up": 2, "low": 2, "high": 2, "milliseconds": 0}
+        decimals |= {"MB on disk": 0, "MB at most": 0}
         return pd.DataFrame(rows).set_index("contender").round(decimals)
+
+    def operators(self) -> "pandas.DataFrame":
+        """How often each operator occurs, for each contender that runs a file: in the file, and
+        among those that the runtime ran, since a session fuses by itself. Most frequent first."""
+        import pandas as pd
+
+        columns = {}
+        for contender in self.contenders:
+            one = self.measured.get(contender.label)
+            if one and one.operators and contender.path:
+                columns[contender.label, "file"] = _operators(contender.path)
+                columns[contender.label, "run"] = one.operators
+        table = pd.DataFrame(columns).fillna(0).astype(int)
+        return table.loc[table.max(axis=1).sort_values(ascending=False, kind="stable").index]
 
     def plot(self) -> "Figure":
         """The table's speed-ups as dots with their intervals; in words, `describe`."""
         from matplotlib.figure import Figure
 
         speedups, names = self.speedups(), []
-        figure = Figure(figsize=(6.5, 1 + 0.45 * len(self.contenders)), layout="constrained")
+        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(1, color="grey", linewidth=1, linestyle="--")
         for row, contender in enumerate(self.contenders):
-            label, colour = contender.label, COLOURS[contender.kind]
+            label, look = contender.label, LOOKS[contender.kind]
             names.append(label if label in speedups else f"{label} (no result)")
             if label not in speedups:
                 continue
             median, low, high = speedups[label]
-            axes.plot([low, high], [row, row], color=colour, linewidth=2)
-            axes.plot(median, row, color=colour, marker=MARKERS[contender.kind], markersize=8)
+            axes.plot([low, high], [row, row], color=look.colour, linewidth=2)
+            inside = look.colour if look.filled else "white"
+            style = {"marker": look.marker, "markersize": 8, "markerfacecolor": inside}
+            axes.plot(median, row, color=look.colour, markeredgewidth=1.5, **style)
             place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{median:.2f}", (median, row), **place)
         axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.7)
-        axes.set_xlabel(f"speed-up against {self.reference} (median of rounds, 95 % interval)")
+        axes.set_ylim(len(names) - 0.5, -0.8)
+        axes.set_xlabel(f"speed-up against {self.reference}\n(median of rounds, 95 % interval)")
         axes.spines[["top", "right"]].set_visible(False)
         return figure
 
@@ -176,161 +201,152 @@ class Result:
 
 def turns(labels: Sequence[str], number: int) -> list[str]:
     """The order in round `number` (from 0): each round, another one goes first."""
-    first = number % len(labels)
+    first = number % max(len(labels), 1)
     return [*labels[first:], *labels[:first]]
+
+
+Cases = Mapping[str, Mapping[str, np.ndarray]]  # by a case's name, the model's inputs by theirs
 
 
 def run(
     contenders: Sequence[Contender],
-    arrays: Mapping[str, np.ndarray],
+    cases: Cases,
     *,
-    rounds: int = 10,
+    rounds: int | Mapping[str, int] = 10,
     repeats: int = 1,
-    warmup: int = 2,
     threads: int = 2,
-    reference: str | None = None,
+    at_once: int = 6,
     timeout: float = TIMEOUT,
     progress: bool = True,
-) -> Result:
-    """Time `contenders` on `arrays`, the model's inputs by name (a graph takes those it knows).
+) -> dict[str, Result]:
+    """Time `contenders` on each of the `cases`, by name; a graph takes the inputs that it knows.
 
-    In each of the `rounds` every contender runs `repeats` times, of which the median counts, after
-    `warmup` runs that do not. `threads` are for one operator, and never spin. Speed-ups are against
-    the label `reference`, by default the first. A contender that raises, dies, or does not answer
-    within `timeout` seconds has no times, but a reason. Raises ValueError on bad arguments.
+    Each runs twice without being timed; then, in each of the `rounds` (or as many as they say by
+    case), each runs `repeats` times, of which the median counts. `threads` are for one operator,
+    and never spin. Ratios are against the first contender. A contender that raises, dies, or does
+    not answer within `timeout` seconds has no times, but a reason.
+
+    At most `at_once` models are in memory. Where there are more contenders, they are timed group by
+    group, in their order, with the first of all in each: two of different groups are compared by
+    what each took of its time. Peaks of memory grow from case to case, so put a small one first.
+    Raises ValueError on bad arguments.
     """
     labels = [contender.label for contender in contenders]
-    reference = labels[0] if reference is None and labels else reference
-    if reference not in labels or len(set(labels)) < len(labels) or min(rounds, repeats) < 1:
+    by_case = rounds if isinstance(rounds, Mapping) else dict.fromkeys(cases, rounds)
+    if not labels or len(set(labels)) < len(labels) or set(by_case) != set(cases):
         raise ValueError(
-            "expected contenders with labels of their own, the reference among them, and one round"
-            f" and repeat or more; found {labels}, {reference}, {rounds} and {repeats}"
+            "expected contenders with labels of their own, and rounds for each case; found"
+            f" {labels}, {list(cases)} and {rounds}"
         )
-    reasons, seconds = {}, {label: [] for label in labels}
+    if min(repeats, threads, *by_case.values()) < 1 or at_once < 2:
+        raise ValueError(
+            "expected one round, repeat and thread or more, and two models at once; found"
+            f" {rounds}, {repeats}, {threads} and {at_once}"
+        )
+    reasons = {c.label: c.reason for c in contenders if c.reason}
+    able = [c for c in contenders if not c.reason]
+    first = [c for c in able if c.label == labels[0]]
+    rest = [c for c in able if c.label != labels[0]]
+    groups = [first + some for some in _groups(rest, at_once - len(first))] or [first]
+    measured: dict[str, dict[str, Measured]] = {case: {} for case in cases}
+    failed: dict[str, dict[str, str]] = {case: dict(reasons) for case in cases}
+    for number, group in enumerate(groups):
+        if progress:
+            print(f"group {number + 1} of {len(groups)}: {len(group)} contenders", flush=True)
+        for case, found in _timed(
+            group, cases, by_case, repeats, threads, timeout, progress, failed
+        ):
+            if labels[0] in found:
+                reference = found[labels[0]].seconds
+            else:  # the times of one group can still be compared with each other
+                reference = 1.0 if len(groups) == 1 else np.nan
+            for label, one in found.items():
+                relative = dataclasses.replace(one, relative=one.seconds / reference)
+                measured[case].setdefault(label, relative)
+    return {
+        case: Result(
+            tuple(contenders),
+            labels[0],
+            {label: measured[case][label] for label in labels if label in measured[case]},
+            {label: failed[case][label] for label in labels if label in failed[case]},
+            f"{case}: {by_case[case]} rounds of {repeats}, {len(groups)} groups; "
+            + ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
+            + f"; {_machine(threads)}",
+        )
+        for case, arrays in cases.items()
+    }
+
+
+def _groups(contenders: list[Contender], size: int) -> list[list[Contender]]:
+    """In their order, in as few groups as can be, of about one size."""
+    count = -(-len(contenders) // size)
+    ends = [round(len(contenders) * n / count) for n in range(count + 1)] if count else []
+    return [contenders[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _timed(
+    group: list[Contender],
+    cases: Cases,
+    rounds: Mapping[str, int],
+    repeats: int,
+    threads: int,
+    timeout: float,
+    progress: bool,
+    failed: Mapping[str, dict[str, str]],
+) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """By case, what each of the group showed; why one did not is added to `failed` by case."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = {
-            c.label: stack.enter_context(
-                contextlib.closing(
-                    Worker(
-                        c.path, c.factory, c.arguments, arrays, threads, timeout, folder / str(n)
-                    )
-                )
-            )
-            for n, c in enumerate(contenders)
-        }
+        workers: dict[str, Worker] = {}
+        for n, c in enumerate(group):
+            worker = Worker(c.factory, c.arguments, threads, timeout, folder / str(n), c.path)
+            workers[c.label] = stack.enter_context(contextlib.closing(worker))
+        reasons: dict[str, str] = {}
+        answers: dict[str, dict] = {label: {} for label in workers}
 
-        def take_turn(label: str, times: int | None) -> float | None:
-            """The median seconds of `times` runs; with None, wait until it is ready."""
-            try:
-                if times is not None:
-                    workers[label].send(times)
-                return workers[label].receive()
-            except Failed as failed:
-                reasons[label] = str(failed)
-                workers[label].close()
-
-        for times in (None, warmup):
+        def receive(labels: Sequence[str]) -> None:
+            """The answers of those who have been asked; who does not answer takes no more part."""
             for label in labels:
-                if label not in reasons:
-                    take_turn(label, times)
-        if progress:
-            print(f"started {len(labels) - len(reasons)} of {len(labels)} contenders", flush=True)
-        for number in range(rounds):
-            for label in turns(labels, number):
-                if label not in reasons:
-                    seconds[label].append(take_turn(label, repeats))
-            if progress and ((number + 1) % 5 == 0 or number + 1 == rounds):
-                print(f"round {number + 1} of {rounds}", flush=True)
-    return Result(
-        tuple(contenders),
-        reference,
-        {label: np.array(seconds[label]) for label in labels if label not in reasons},
-        reasons,
-        {c.label: files.size(c.path) / 1e6 for c in contenders if c.path and c.path.is_file()},
-        f"{rounds} rounds of {repeats}; "
-        + ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
-        + f"; {_machine(threads)}",
-    )
+                try:
+                    answers[label] |= workers[label].receive()
+                except Failed as why:
+                    reasons[label] = str(why)
+                    workers.pop(label).close()
+
+        receive(list(workers))  # they have loaded
+        for case, arrays in cases.items():
+            np.savez(folder / "arrays.npz", **arrays)
+            for untimed in ({"arrays": str(folder / "arrays.npz")}, {"runs": 1}):
+                for worker in workers.values():  # all together
+                    worker.send(**untimed)
+                receive(list(workers))
+            seconds: dict[str, list[float]] = {label: [] for label in workers}
+            for number in range(rounds[case]):
+                for label in turns(list(seconds), number):
+                    if label in workers:
+                        workers[label].send(runs=repeats)
+                        receive([label])
+                        seconds[label].append(answers[label]["seconds"])
+                if progress and ((number + 1) % 5 == 0 or number + 1 == rounds[case]):
+                    print(f"{case}: round {number + 1} of {rounds[case]}", flush=True)
+            failed[case].update(reasons)
+            yield (
+                case,
+                {
+                    label: Measured(
+                        seconds=np.array(seconds[label]),
+                        relative=np.array(seconds[label]),
+                        peak=answers[label]["peak"],
+                        outputs=worker.outputs(),
+                        operators=answers[label]["operators"],
+                    )
+                    for label, worker in workers.items()
+                },
+            )
 
 
-def profile(
-    path: str | Path, arrays: Mapping[str, np.ndarray], *, runs: int = 5, threads: int = 2
-) -> "pandas.DataFrame":
-    """Where the time goes in the model at `path`, by ONNX Runtime's own profiler.
-
-    A row for each operator, the slowest first: its `nodes`, `milliseconds` in one run (the median
-    of `runs`), and its `share` of their sum, 0 to 1. Operators are those after the session's own
-    optimisation, which fuses by itself; what is in the file, `graph.counts` tells. An If or a Loop
-    counts as the operators in it. Raises `files.BadInput` where the model does not run.
-    """
-    import pandas as pd
-
-    path = Path(path).absolute()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = {"path": str(path), "runs": runs, "threads": threads}
-        arguments["prefix"] = str(Path(folder) / "profile")
-        profiled, own = "helpers.worker:profiled", Path(folder) / "worker"
-        worker = Worker(path, profiled, arguments, arrays, threads, TIMEOUT, own)
-        with contextlib.closing(worker):
-            try:
-                worker.receive()
-                worker.send(1)
-                worker.receive()
-            except Failed as failed:
-                raise files.BadInput(
-                    f"{path}: expected a model that runs on the given arrays, found: {failed};"
-                    " check the file and its inputs"
-                ) from None
-        [file] = Path(folder).glob("profile*")
-        events = json.loads(file.read_text())
-    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")[-runs:]
-    nodes = pd.DataFrame(
-        {
-            "run": int(np.searchsorted(starts, event["ts"], side="right")),  # 0 is the warm-up
-            "operator": event["args"]["op_name"],
-            "node": event["name"],
-            "milliseconds": event["dur"] / 1000,
-        }
-        for event in events
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
-    )
-    nodes = nodes[(nodes.run > 0) & ~nodes.operator.isin(["If", "Loop", "Scan"])]
-    by_run = nodes.groupby(["run", "operator"]).milliseconds.sum().unstack(fill_value=0)
-    table = pd.DataFrame({"nodes": nodes.groupby("operator").node.nunique()})
-    table["milliseconds"] = by_run.median()
-    table["share"] = table.milliseconds / table.milliseconds.sum()
-    table = table.sort_values("milliseconds", ascending=False)
-    return table.round({"milliseconds": 2, "share": 3})
-
-
-def plot_profile(profiles: Mapping[str, "pandas.DataFrame"], *, top: int = 8) -> "Figure":
-    """What `profile` gave for a few graphs, by label, side by side; beyond `top`, "other".
-
-    Bars are milliseconds in one run, the text beside each is its share. Without colour, since
-    colours stand for contenders.
-    """
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    times = pd.DataFrame({label: table.milliseconds for label, table in profiles.items()}).fillna(0)
-    times = times.loc[times.sum(axis=1).sort_values(ascending=False).index]
-    rest = times.iloc[top:].sum()
-    times = times.iloc[:top]
-    if rest.any():
-        times.loc["other"] = rest
-    figure = Figure(figsize=(6.8, 1.1 + 0.28 * len(times)), layout="constrained")
-    panels = figure.subplots(1, len(profiles), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (label, column) in zip(panels, times.items(), strict=True):
-        bars = axes.barh(column.index, column, color="dimgrey")
-        shares = [f"{share:.0%}" if share else "" for share in column / column.sum()]
-        axes.bar_label(bars, shares, padding=2, fontsize="small")
-        axes.set_title(textwrap.fill(label, 72 // len(profiles)), fontsize="medium")
-        axes.margins(x=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    figure.supxlabel("milliseconds in one run", fontsize="medium")
-    return figure
+def _operators(path: Path) -> dict[str, int]:
+    return graph.counts(graph.load(path, weights=False))
 
 
 def _machine(threads: int) -> str:
@@ -341,5 +357,9 @@ def _machine(threads: int) -> str:
         found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
     ):
         processor = found[1]
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime"))
-    return f"{processor}, {os.cpu_count()} cores, {threads} threads; {', '.join(versions)}"
+    versions = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    threaded = f"{os.cpu_count()} cores, {threads} threads that do not spin"
+    return f"{processor}, {threaded}; {', '.join(versions)}"

@@ -159,9 +159,15 @@ def runner(model: torch.nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str
     return run
 
 
-def pytorch(name: str, **options: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """`runner` of the model that `load` gives: what a benchmark's own process calls."""
-    return runner(load(name, **options).model)
+def pytorch(
+    name: str, *, compiled: bool = False, **options: Any
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """`runner` of the model that `load` gives, in a benchmark's own process.
+
+    With `compiled`, by ``torch.compile``, which needs a C++ compiler and compiles as it first runs.
+    """
+    model = load(name, **options).model
+    return runner(torch.compile(model) if compiled else model)
 
 
 def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:

@@ -4,21 +4,19 @@ import contextlib
 import importlib
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from helpers import files
-
-Model = Callable[[dict[str, np.ndarray]], object]  # input arrays by name to outputs, of any type
 
 
 class Failed(Exception):
@@ -28,36 +26,31 @@ class Failed(Exception):
 class Worker:
     """A contender's own process, started at once; it answers in the order in which it is asked.
 
-    JSON lines go in and out: first what to load (`folder` is its own, for inputs and messages),
-    then numbers of runs; back come seconds or an error. It ends by itself with its standard input.
+    JSON lines go in and out: first what to load, then ``{"arrays": FILE.npz}`` (inputs; it runs
+    once, keeps the outputs and tells the operators) or ``{"runs": N}`` (it tells the median of
+    their seconds). It ends by itself with its standard input. `folder` is its own; `path` is the
+    model's file, whose folder is left out of what it says.
     """
 
     def __init__(
         self,
-        path: Path | None,
-        factory: str | None,
+        factory: str,
         arguments: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
         threads: int,
         timeout: float,
         folder: Path,
+        path: Path | None = None,
     ):
         folder.mkdir()
-        self.path, self.timeout, self.hung = path, timeout, False
+        self.path, self.timeout, self.folder, self.hung = path, timeout, folder, False
         self.messages = folder / "stderr.txt"
-        np.savez(folder / "arrays.npz", **arrays)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # can import what we can
             "OMP_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait do not spin
         }
-        what = {
-            "path": str(path),
-            "factory": factory,
-            "arguments": dict(arguments),
-            "arrays": str(folder / "arrays.npz"),
-            "threads": threads,
-        }
+        what = {"factory": factory, "arguments": dict(arguments)}
+        what["outputs"] = str(folder / "outputs.npz")
         line = json.dumps(what)  # raises on arguments it cannot carry, before anything is started
         with self.messages.open("wb") as messages:
             self.process = subprocess.Popen(
@@ -68,14 +61,17 @@ class Worker:
                 bufsize=0,
                 env=environment,
             )
-        self.send(line)
+        self._write(line)
 
-    def send(self, line: str | int) -> None:
+    def _write(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has died; `receive` tells
             self.process.stdin.write(f"{line}\n".encode())
 
-    def receive(self) -> float | None:
-        """The next answer: the median of the seconds of its runs, None after loading."""
+    def send(self, **message: Any) -> None:
+        self._write(json.dumps(message))
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer; raises `Failed` where there is none."""
         timer = threading.Timer(self.timeout, self._give_up)
         timer.start()
         try:
@@ -87,7 +83,12 @@ class Worker:
         answer = json.loads(line)
         if "error" in answer:
             raise Failed(self._one_line(answer["error"]))
-        return answer["seconds"]
+        return answer
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """What the model gave for the inputs that it was last sent, by name."""
+        with np.load(self.folder / "outputs.npz") as stored:
+            return dict(stored)
 
     def _give_up(self) -> None:
         self.hung = True
@@ -114,56 +115,47 @@ class Worker:
         self.process.stdout.close()
 
 
+def peak() -> int:
+    """Bytes of memory that this process has had at the most, its model's loading included."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    # Elsewhere than on Linux; there this would start from the peak of the parent process.
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_each
+
+
 def _work() -> None:
     """What a contender's own process does, until its standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(**fields: object) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
+        print(json.dumps(fields | {"peak": peak()}), file=answers, flush=True)
 
     try:
         what = json.loads(sys.stdin.readline())
-        with np.load(what["arrays"]) as stored:
-            arrays = dict(stored)
-        if what["factory"] is None:
-            model = _on_onnxruntime(what["path"], what["threads"])
-        else:
-            module, _, function = what["factory"].partition(":")
-            model = getattr(importlib.import_module(module), function)(**what["arguments"])
+        module, _, function = what["factory"].partition(":")
+        model = getattr(importlib.import_module(module), function)(**what["arguments"])
         if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(what["threads"])
-        answer(seconds=None)
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        answer()
         for line in sys.stdin:
+            asked = json.loads(line)
+            if "arrays" in asked:
+                with np.load(asked["arrays"]) as stored:
+                    arrays = dict(stored)
+                np.savez(what["outputs"], **(model(arrays) or {}))
+                answer(operators=getattr(model, "operators", None))
+                continue
             seconds = []
-            for _ in range(json.loads(line)):
+            for _ in range(asked["runs"]):
                 start = time.perf_counter()
                 model(arrays)
                 seconds.append(time.perf_counter() - start)
-            answer(seconds=float(np.median(seconds)) if seconds else None)
+            answer(seconds=float(np.median(seconds)))
     except Exception as error:  # whatever a model raises is the reason why it has no times
         answer(error=f"{type(error).__name__}: {error}")
-
-
-def _on_onnxruntime(path: str, threads: int) -> Model:
-    session = files.session(path, threads=threads)
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise RuntimeError(f"expected the CPU provider alone, found {session.get_providers()}")
-    names = [value.name for value in session.get_inputs()]
-    return lambda arrays: session.run(None, {n: arrays[n] for n in names if n in arrays})
-
-
-def profiled(path: str, prefix: str, runs: int, threads: int) -> Model:
-    """For `benchmark.profile`: a function that writes a profile of two warm-up runs and `runs`."""
-    session = files.session(path, threads=threads, profile_prefix=prefix)
-    names = [value.name for value in session.get_inputs()]
-
-    def model(arrays: dict[str, np.ndarray]) -> None:
-        for _ in range(2 + runs):
-            session.run(None, {n: arrays[n] for n in names if n in arrays})
-        session.end_profiling()
-
-    return model
 
 
 if __name__ == "__main__":

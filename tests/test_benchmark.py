@@ -1,16 +1,16 @@
 """Contenders run in processes of their own, by turns; what fails is a row. Never absolute times."""
 
+import dataclasses
 import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from graphs import write
 
-from helpers import benchmark, files
+from helpers import benchmark, contenders, files
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -48,7 +48,7 @@ def identity():
 
     def model(arrays):
         assert torch.get_num_threads() == 1
-        return module(torch.from_numpy(arrays["x"]))
+        return {"y": module(torch.from_numpy(arrays["x"])).numpy()}
 
     return model
 
@@ -66,8 +66,8 @@ def broken(at: str):
     return model
 
 
-def named(label: str, factory: str, /, **arguments) -> benchmark.Contender:
-    return benchmark.pytorch(label, f"{__name__}:{factory}", **arguments)
+def named(label: str, factory: str, /, **arguments) -> contenders.Contender:
+    return contenders.pytorch(label, f"{__name__}:{factory}", **arguments)
 
 
 @pytest.fixture
@@ -75,16 +75,27 @@ def tiny(tmp_path):
     return write(tmp_path / "tiny.onnx", TEXT)
 
 
+def run(contenders, arrays=None, **options) -> benchmark.Result:
+    """One case, without progress."""
+    options = {"rounds": 1, "threads": 1, "progress": False} | options
+    return benchmark.run(contenders, {"here": arrays or ARRAYS}, **options)["here"]
+
+
 def result(seconds: dict[str, list[float]], reasons: dict[str, str] | None = None):
     """A result of made-up seconds."""
-    kinds = list(benchmark.COLOURS)
-    contenders = [
-        benchmark.Contender(label, kinds[n % len(kinds)])
+    kinds = list(contenders.LOOKS)
+    took_part = tuple(
+        contenders.Contender(label, kinds[n % len(kinds)])
         for n, label in enumerate([*seconds, *(reasons or {})])
-    ]
-    arrays = {label: np.array(values) for label, values in seconds.items()}
-    first = contenders[0].label
-    return benchmark.Result(tuple(contenders), first, arrays, reasons or {}, {first: 1.25}, "here")
+    )
+    first = next(iter(seconds))
+    measured = {
+        label: benchmark.Measured(
+            np.array(values), np.divide(values, seconds[first]), 3_000_000, {}, None
+        )
+        for label, values in seconds.items()
+    }
+    return benchmark.Result(took_part, took_part[0].label, measured, reasons or {}, "here")
 
 
 def test_speedup_is_paired_by_round():
@@ -105,18 +116,51 @@ def test_each_round_another_one_goes_first():
 
 def test_contenders_take_turns_and_are_gone_afterwards(tmp_path, capfd):
     log = tmp_path / "log"
-    contenders = [named(label, "logged", log=str(log), label=label) for label in "abc"]
-    answer = benchmark.run(contenders, ARRAYS, rounds=3, repeats=2, warmup=1, threads=1)
+    three = [named(label, "logged", log=str(log), label=label) for label in "abc"]
+    answer = benchmark.run(three, {"short": ARRAYS}, rounds=3, repeats=2, threads=1)["short"]
     runs = [json.loads(line) for line in log.read_text().splitlines()]
-    assert "".join(run["label"] for run in runs) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
-    assert [run["start"] for run in runs] == sorted(run["start"] for run in runs)
+    order = "".join(run["label"] for run in runs)
+    assert sorted(order[:6]) == [*"aabbcc"]  # not timed, all together
+    assert order[6:] == "aabbcc" + "bbccaa" + "ccaabb"
     assert {(r["threads"], r["wait"], *r["shape"]) for r in runs} == {("1", "PASSIVE", 2, 8)}
     assert len({run["pid"] for run in runs}) == 3
     assert_gone(runs)
-    assert {label: len(seconds) for label, seconds in answer.seconds.items()} == dict.fromkeys(
+    assert {label: len(one.seconds) for label, one in answer.measured.items()} == dict.fromkeys(
         "abc", 3
     )
-    assert capfd.readouterr() == ("started 3 of 3 contenders\nround 3 of 3\n", "")
+    assert capfd.readouterr() == ("group 1 of 1: 3 contenders\nshort: round 3 of 3\n", "")
+
+
+def test_groups_keep_few_in_memory_and_share_the_reference(tmp_path):
+    log = tmp_path / "log"
+    five = [named(label, "logged", log=str(log), label=label) for label in "abcde"]
+    cases = {"one": ARRAYS, "two": {"x": np.ones((3, 8), np.float32)}}
+    rounds = {"one": 2, "two": 1}
+    answers = benchmark.run(five, cases, rounds=rounds, threads=1, at_once=3, progress=False)
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    groups = [[run for run in runs if run["pid"] == pid] for pid in {r["pid"] for r in runs}]
+    assert sorted(group[0]["label"] for group in groups) == [*"aabcde"]
+    together = [
+        {one[0]["label"] for one in groups if one[0]["start"] < first < one[-1]["start"]}
+        for first in (runs[1]["start"], runs[-2]["start"])
+    ]
+    assert all(len(alive) <= 3 for alive in together)
+    shapes = [run["shape"][0] for run in groups[0]]
+    assert shapes == [2] * (2 + 2) + [3] * (2 + 1)
+    for case, answer in answers.items():
+        assert list(answer.measured) == [*"abcde"]
+        assert all(len(one.relative) == rounds[case] for one in answer.measured.values())
+        assert set(answer.measured["a"].relative) == {1}
+        assert answer.speedups()["e"].median > 0
+        assert f"{case}: {rounds[case]} rounds of 1, 2 groups; x float32" in answer.caption
+
+
+def test_speedups_of_two_groups_go_through_the_reference():
+    answer = result({"a": [1.0, 2.0], "b": [0.5, 1.0]})
+    slower = benchmark.Measured(np.array([5.0, 5.0]), np.array([0.25, 0.25]), 0, {}, None)
+    answer = dataclasses.replace(answer, measured={**answer.measured, "c": slower})
+    assert answer.speedups()["c"].median == 4
+    assert answer.against("b").speedups()["c"].median == 2
 
 
 def assert_gone(runs) -> None:
@@ -133,7 +177,7 @@ def test_processes_are_gone_when_interrupted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "turns", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.run([named("a", "logged", log=str(log), label="a")], ARRAYS, progress=False)
+        run([named("a", "logged", log=str(log), label="a")])
     runs = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(runs) == 2
     assert_gone(runs)
@@ -142,28 +186,28 @@ def test_processes_are_gone_when_interrupted(tmp_path, monkeypatch):
 def test_what_fails_is_a_row_with_its_reason(tiny, tmp_path, capfd):
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(tiny.read_bytes()[:100])
-    contenders = [
-        benchmark.onnx("ours", tiny),
+    all_of_them = [
         named("eager", "identity"),
-        benchmark.onnx("does not load", bad, "stock"),
-        benchmark.onnx("no file", tmp_path / "none.onnx", "unfused"),
+        contenders.onnx("ours", tiny),
+        contenders.onnx("does not load", bad, "stock"),
+        contenders.onnx("no file", tmp_path / "none.onnx", "unfused"),
+        contenders.Contender("not made", "onnxscript", reason="a tool said no"),
         named("raises", "broken", at="run"),
         named("dies", "broken", at="death"),
         named("dies on loading", "broken", at="load"),
         named("no such function", "nobody"),
     ]
-    answer = benchmark.run(
-        contenders, ARRAYS, rounds=2, warmup=1, threads=1, reference="eager", progress=False
-    )
+    answer = run(all_of_them, rounds=2, at_once=9)
     assert capfd.readouterr() == ("", "")
     table = answer.table()
-    assert list(table.index) == [contender.label for contender in contenders]
+    assert list(table.index) == [contender.label for contender in all_of_them]
     finished = table[table.reason == ""]
-    assert list(finished.index) == ["ours", "eager"]
+    assert list(finished.index) == ["eager", "ours"]
     assert table["speed-up"].notna().sum() == table.milliseconds.notna().sum() == 2
     assert table.loc["eager", "speed-up"] == 1
     reasons = answer.reasons
     assert "bad.onnx" in reasons["does not load"]
+    assert reasons["not made"] == "a tool said no"
     assert reasons["raises"] == "ValueError: two lines"
     assert reasons["dies"] == "its process died with exit status 3"
     assert reasons["dies on loading"] == "its process died with exit status 4"
@@ -172,47 +216,97 @@ def test_what_fails_is_a_row_with_its_reason(tiny, tmp_path, capfd):
     assert "\n" not in text
     assert str(tmp_path) not in text + answer.caption + answer.describe()
     assert answer.caption.startswith(
-        "speed-up against eager, median and 95 % interval; 2 rounds of 1; x float32 [2, 8]; "
+        "speed-up against eager, median and 95 % interval; "
+        "here: 2 rounds of 1, 1 groups; x float32 [2, 8]; "
     )
-    assert "1 threads; torch 2" in answer.caption
+    assert "1 threads that do not spin; torch 2" in answer.caption
     assert not {"/", "\n"} & set(answer.caption)
 
 
+def test_a_reference_that_fails(tiny):
+    broken = [named("eager", "broken", at="load"), contenders.onnx("a", tiny)]
+    answer = run([*broken, contenders.onnx("b", tiny)])
+    assert answer.table()["speed-up"].isna().all()
+    assert answer.against("a").speedups()["b"].median > 0
+    two_groups = run([*broken, contenders.onnx("b", tiny)], at_once=2)
+    assert np.isnan(two_groups.against("a").speedups()["b"].median)
+
+
 def test_a_contender_that_hangs_is_killed():
-    contenders = [named("hangs", "broken", at="hang")]
-    answer = benchmark.run(contenders, ARRAYS, rounds=1, timeout=1, progress=False)
-    assert answer.reasons == {"hangs": "no answer within 1 s"}
+    answer = run([named("hangs", "broken", at="hang")], timeout=2)
+    assert answer.reasons == {"hangs": "no answer within 2 s"}
 
 
 def test_a_graph_takes_the_inputs_that_it_knows(tiny):
-    two = ARRAYS | {"pruned": np.ones(1)}
-    answer = benchmark.run([benchmark.onnx("a", tiny)], two, rounds=1, progress=False)
+    answer = run([contenders.onnx("a", tiny)], ARRAYS | {"pruned": np.ones(1)})
     assert answer.reasons == {}
-    other = {"z": ARRAYS["x"]}
-    answer = benchmark.run([benchmark.onnx("a", tiny)], other, rounds=1, progress=False)
+    answer = run([contenders.onnx("a", tiny)], {"z": ARRAYS["x"]})
     assert "missing" in answer.reasons["a"]
     assert answer.table()["speed-up"].isna().all()
 
 
+def test_difference_operators_and_memory(tiny, tmp_path):
+    other = write(tmp_path / "other.onnx", TEXT.replace("Softmax (b)", "Relu (b)"))
+    answer = run(
+        [named("eager", "identity"), contenders.onnx("a", tiny), contenders.onnx("b", other)]
+    )
+    x, found = ARRAYS["x"], {}
+    for label, path in {"a": tiny, "b": other}.items():
+        (found[label],) = files.session(path).run(None, ARRAYS)
+        assert answer.difference(label) == pytest.approx(np.abs(found[label] - x).max(), rel=1e-6)
+    assert answer.difference("a") != answer.difference("b")
+    assert answer.difference("eager") == 0
+    table = answer.table()
+    assert list(table.nodes) == ["", 3, 3]
+    assert list(table["nodes run"]) == ["", 3, 3]
+    assert table["MB at most"].between(20, 2000).all()
+    assert dict(answer.operators()["b", "run"]) == {"MatMul": 2, "Softmax": 0, "Relu": 1}
+    assert answer.operators()["a", "file"]["Softmax"] == 1
+
+
+def test_difference_of_other_outputs():
+    def one(**outputs):
+        return benchmark.Measured(np.ones(1), np.ones(1), 1, outputs, None)
+
+    answer = result({"eager": [1.0], "ours": [1.0]})
+    cases = [
+        ({"y": np.ones(3)}, {"y": np.zeros(3)}, 1),
+        ({"y": np.ones(3)}, {"y": np.ones(2)}, np.inf),
+        ({"y": np.ones(3)}, {"z": np.ones(3)}, np.nan),
+        ({"y": np.ones(3)}, {"y": np.full(3, np.nan)}, np.nan),
+        ({"y": np.ones(2), "z": np.ones(2)}, {"z": np.ones(2), "y": np.ones(2)}, 0),
+        ({"y": np.array([True])}, {"y": np.array([False])}, 1),
+    ]
+    for mine, theirs, expected in cases:
+        both = {"eager": one(**mine), "ours": one(**theirs)}
+        found = dataclasses.replace(answer, measured=both).difference("ours")
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
 @pytest.mark.parametrize(
-    ("labels", "options"), [("", {}), ("aa", {}), ("a", {"reference": "b"}), ("a", {"rounds": 0})]
+    ("labels", "options"),
+    [
+        ("", {}),
+        ("aa", {}),
+        ("a", {"rounds": 0}),
+        ("a", {"rounds": {"b": 1}}),
+        ("a", {"at_once": 1}),
+    ],
 )
 def test_bad_arguments(labels, options):
-    with pytest.raises(ValueError, match="expected contenders with labels of their own"):
-        benchmark.run([named(label, "identity") for label in labels], ARRAYS, **options)
-
-
-def test_an_unknown_kind():
-    with pytest.raises(ValueError, match=r"expected one of pytorch, .* found fast"):
-        benchmark.onnx("a", "a.onnx", "fast")
+    with pytest.raises(ValueError, match=r"expected .*, found|expected .*; found"):
+        run([named(label, "identity") for label in labels], **options)
 
 
 def test_table():
     table = result({"eager": [0.2, 0.4], "ours": [0.1, 0.16]}).table()
-    assert list(table) == ["speed-up", "low", "high", "milliseconds", "MB"]
-    assert list(table.loc["ours"][:4]) == [2.25, 2, 2.5, 130]
-    assert table.loc["eager", "MB"] == 1.2
-    assert np.isnan(table.loc["ours", "MB"])
+    assert list(table) == [
+        *("speed-up", "low", "high", "milliseconds", "MB on disk", "MB at most", "difference"),
+        *("nodes", "nodes run"),
+    ]
+    assert list(table.loc["ours"].iloc[:4]) == [2.25, 2, 2.5, 130]
+    assert table.loc["eager", "MB at most"] == 3
+    assert np.isnan(table.loc["ours", "MB on disk"])
 
 
 def test_against_another_reference():
@@ -231,64 +325,18 @@ def test_plot_has_a_marker_for_each_contender():
     [axes] = figure.axes
     dots = [line for line in axes.lines if line.get_marker() not in NO_MARKER]
     assert [dot.get_xdata()[0] for dot in dots] == [1, 2]
-    assert [dot.get_color() for dot in dots] == [*benchmark.COLOURS.values()][:2]
+    assert [dot.get_color() for dot in dots] == ["#000000", "#000000"]
     names = [tick.get_text() for tick in axes.get_yticklabels()]
     assert names == ["eager", "ours", "stock (no result)"]
     assert answer.describe() == (
         "Speed-up against eager (1.00), median and 95 % interval: ours 2.00 (1.50 to 2.00);"
         " stock failed."
     )
-    assert set(benchmark.COLOURS) == set(benchmark.MARKERS)
-    assert len(set(benchmark.MARKERS.values())) == len(benchmark.MARKERS)
+    assert [dot.get_markerfacecolor() for dot in dots] == ["#000000", "white"]
 
 
 def test_plot_without_the_reference():
     answer = result({"ours": [1.0]}, {"eager": "it did not load"})
-    against = answer.against("eager")
+    against = dataclasses.replace(answer, reference="eager")
     against.plot().draw_without_rendering()
     assert against.describe().endswith(": eager failed.")
-
-
-def test_profile_lists_the_operators(tiny):
-    table = benchmark.profile(tiny, ARRAYS, runs=2, threads=1)
-    assert list(table) == ["nodes", "milliseconds", "share"]
-    assert dict(table.nodes) == {"MatMul": 2, "Softmax": 1}
-    assert table.share.sum() == pytest.approx(1, abs=0.01)
-    assert table.milliseconds.is_monotonic_decreasing
-
-
-def test_profile_counts_a_branch_once(tmp_path):
-    text = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    g (bool cond, float[N,8] x) => (float[N,8] y)
-    {
-      y = If (cond) <
-        then_branch = yes () => (float[N,8] a) { a = Softmax (x) },
-        else_branch = no () => (float[N,8] b) { b = Tanh (x) }
-      >
-    }
-    """
-    path = write(tmp_path / "if.onnx", text)
-    table = benchmark.profile(path, ARRAYS | {"cond": np.array(True)}, runs=1, threads=1)
-    assert dict(table.nodes) == {"Softmax": 1}
-
-
-def test_profile_of_what_does_not_run(tmp_path):
-    path = tmp_path / "a.onnx"
-    path.write_text("no model")
-    with pytest.raises(files.BadInput, match=r"a\.onnx: expected a model that runs .* found: "):
-        benchmark.profile(path, ARRAYS)
-
-
-def test_plot_profile():
-    columns = {"nodes": [6, 1, 1], "milliseconds": [6.0, 3.0, 1.0], "share": [0.6, 0.3, 0.1]}
-    table = pd.DataFrame(columns, index=["MatMul", "Conv", "Softmax"])
-    figure = benchmark.plot_profile({"unfused": table, "no Conv": table.drop("Conv")}, top=2)
-    figure.draw_without_rendering()
-    assert figure.get_figwidth() * 100 <= 700
-    first, second = figure.axes
-    assert [tick.get_text() for tick in first.get_yticklabels()] == ["MatMul", "Conv", "other"]
-    assert [bar.get_width() for bar in first.patches] == [6, 3, 1]
-    assert [bar.get_width() for bar in second.patches] == [6, 0, 1]
-    assert [text.get_text() for text in first.texts] == ["60%", "30%", "10%"]
-    assert second.get_title() == "no Conv"

@@ -1,0 +1,187 @@
+"""Contenders of a benchmark, each ready to name in one line, and the look that each keeps.
+
+What makes a graph (onnxscript, transformers, quantisation) writes a file beside the one that it is
+made from. What cannot be made is a contender with a reason, a row of the table like the others.
+"""
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from helpers import export, files, graph
+
+
+class Look(NamedTuple):
+    """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones more."""
+
+    colour: str
+    marker: str
+    filled: bool = True
+
+
+# By kind of contender, the same in every notebook: Okabe and Ito's colours, told apart by the
+# colour-blind, and markers, told apart in black and white.
+LOOKS = {
+    "pytorch": Look("#000000", "o"),
+    "compiled": Look("#000000", "o", filled=False),
+    "unfused": Look("#E69F00", "s"),
+    "stock": Look("#56B4E9", "^"),
+    "onnxscript": Look("#0072B2", "v"),
+    "transformers": Look("#0072B2", "<"),
+    "opset23": Look("#009E73", "D"),
+    "openvino": Look("#CC79A7", "X"),
+    "openvino-int8": Look("#CC79A7", "X", filled=False),
+    "ours": Look("#D55E00", "P"),
+    "ours-int8": Look("#D55E00", "P", filled=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What takes part: what `factory` makes, in a process of its own.
+
+    `factory` is ``"module:function"``; it is called with `arguments` (values that JSON can carry)
+    and returns a function from input arrays to output arrays, both dicts by name. `path` is the
+    file that is run, if there is one. `kind` is a key of `LOOKS`, else ValueError. With `reason`
+    there is nothing to run: it says why.
+    """
+
+    label: str
+    kind: str
+    factory: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    path: Path | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOOKS:
+            raise ValueError(f"kind: expected one of {', '.join(LOOKS)}, found {self.kind}")
+
+
+def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
+    """PyTorch, as `factory` makes it: ``pytorch("eager", "helpers.models:pytorch", name=…)``.
+
+    With ``compiled=True`` among the arguments, that factory applies ``torch.compile``.
+    """
+    kind = "compiled" if arguments.get("compiled") else "pytorch"
+    return Contender(label, kind, factory, arguments)
+
+
+def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
+    """The model file at `path`, on ONNX Runtime's CPU provider."""
+    path = Path(path).absolute()
+    return Contender(label, kind, "helpers.runtimes:onnxruntime", {"path": str(path)}, path)
+
+
+def openvino(label: str, path: str | Path, *, int8: bool = False) -> Contender:
+    """The model file at `path` on OpenVINO's CPU plugin, computing in fp32.
+
+    With `int8`, NNCF makes the weights 8-bit (symmetric, per channel) when it is loaded, and the
+    plugin quantises the inputs of products as it runs. Both packages are optional; where they are
+    not installed, the row says so.
+    """
+    path = Path(path).absolute()
+    kind = "openvino-int8" if int8 else "openvino"
+    arguments = {"path": str(path), "int8": int8}
+    return Contender(label, kind, "helpers.runtimes:openvino", arguments, path)
+
+
+def stock(
+    label: str,
+    path: str | Path,
+    model_type: str,
+    *,
+    num_heads: int = 0,
+    hidden_size: int = 0,
+    opt_level: int | None = None,
+) -> Contender:
+    """What ONNX Runtime's own transformers optimizer makes of the graph at `path`."""
+
+    def make(target: Path) -> None:
+        from onnxruntime.transformers import optimizer
+
+        made = optimizer.optimize_model(
+            str(path), model_type, num_heads, hidden_size, opt_level=opt_level
+        )
+        with files.writing(target) as draft:
+            made.save_model_to_file(str(draft))
+
+    return _made(label, "stock", path, make)
+
+
+def onnxscript(label: str, path: str | Path) -> Contender:
+    """What onnxscript's ``optimize_for_ort`` makes of the graph at `path`."""
+
+    def make(target: Path) -> None:
+        from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+        model = ir.load(Path(path).absolute())
+        optimize_for_ort(model)
+        files.save(model, target)
+
+    return _made(label, "onnxscript", path, make)
+
+
+def transformers(label: str, path: str | Path) -> Contender:
+    """What transformers' exporter makes with ``ort_fusions="cpu"``, of its own export at `path`.
+
+    The exporter applies these fusions last, to the graph that it would give without them.
+    """
+
+    def make(target: Path) -> None:
+        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+        model = ir.load(Path(path).absolute())
+        fuse_for_onnxruntime(model, "cpu")
+        files.save(model, target)
+
+    return _made(label, "transformers", path, make)
+
+
+def int8(label: str, path: str | Path) -> Contender:
+    """The graph at `path` with its products by weights in 8 bits, on ONNX Runtime.
+
+    ONNX Runtime's dynamic quantisation: weights are signed, per channel; inputs are quantised as it
+    runs. com.microsoft's Attention is a product by weights too. The standard's is not, and makes
+    the tool write an invalid file, so a graph that has one keeps its attention as it is.
+    """
+
+    def make(target: Path) -> None:
+        from onnxruntime import quantization
+
+        domains = {
+            node.domain
+            for node in graph.nodes(graph.load(path, weights=False))
+            if node.op_type == "Attention"
+        }
+        with files.writing(target) as draft:
+            quantization.quantize_dynamic(
+                str(path),
+                str(draft),
+                op_types_to_quantize=["MatMul", "Attention"][: 1 + (domains == {graph.MICROSOFT})],
+                per_channel=True,
+                weight_type=quantization.QuantType.QInt8,
+                extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},
+            )
+
+    return _made(label, "ours-int8", path, make)
+
+
+def _made(label: str, kind: str, source: str | Path, make: Callable[[Path], None]) -> Contender:
+    """The file that `make` writes, as a contender; or the reason why there is none."""
+    source = Path(source).absolute()
+    target = source.with_stem(f"{source.stem}_{kind}")
+    print(f"making {target.name} …", flush=True)
+    try:
+        with export.quiet():
+            make(target)
+    except Exception as error:  # whatever a tool raises is the reason why there is no file
+        said = re.sub(rf"{re.escape(str(source.parent))}/(\.writing-[^/]+/)?", "", str(error))
+        said = textwrap.shorten(f"{type(error).__name__}: {said}", 240, placeholder=" …")
+        return Contender(label, kind, reason=said)
+    return onnx(label, target, kind)

@@ -1,0 +1,161 @@
+"""What is ready to take part in a benchmark: each runs, and gives what the graph before it gave."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from graphs import ATTENTION, write
+
+from helpers import benchmark, contenders, graph, models
+
+
+@pytest.fixture
+def attention(tmp_path):
+    return write(tmp_path / "attention.onnx", ATTENTION)
+
+
+def measured(*those, arrays):
+    return benchmark.run(those, {"here": arrays}, rounds=1, threads=1, progress=False)["here"]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """wav2vec2 with two layers of 32, by the exporter of transformers, and inputs for it."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    from helpers import export
+
+    small = {
+        "conv_dim": [32] * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+    }
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **small
+    )
+    model = Wav2Vec2ForCTC(config).eval()
+    models.randomise(model)
+    arrays = {"input_values": models.speech(seconds=1, batch=2)}
+    path = tmp_path / "small.onnx"
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    export.export(model, inputs, path, "dynamo")
+    return model, inputs, path
+
+
+def test_made_graphs_run_and_agree(exported, capsys):
+    model, inputs, path = exported
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    made = [contenders.onnxscript("onnxscript", path), contenders.transformers("theirs", path)]
+    int8 = contenders.int8("int8", path)
+    assert [one.reason for one in [*made, int8]] == [""] * 3
+    answer = measured(contenders.onnx("as it is", path, "unfused"), *made, int8, arrays=arrays)
+    assert answer.reasons == {}
+    reference = models.runner(model)(arrays)["logits"]
+    found = {label: one.outputs["logits"] for label, one in answer.measured.items()}
+    for label in ("as it is", "onnxscript", "theirs"):
+        np.testing.assert_allclose(found[label], reference, atol=1e-4)
+    assert 1e-4 < np.abs(found["int8"] - reference).max() < 1
+    operators = answer.operators()
+    assert operators["onnxscript", "file"]["MultiHeadAttention"] == 2
+    assert operators["int8", "file"]["MatMulInteger"] > 0
+    assert operators["int8", "run"]["DynamicQuantizeMatMul"] > 0
+    said = capsys.readouterr().out
+    assert "making small_onnxscript.onnx …" in said
+    assert str(path.parent) not in said
+
+
+def test_transformers_gives_what_its_exporter_gives(exported):
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    from helpers import export
+
+    model, inputs, path = exported
+    config = OnnxConfig(dynamic=True, opset_version=export.ROUTES["dynamo"], ort_fusions="cpu")
+    with export.quiet():
+        program = OnnxExporter().export(model, inputs, config=config).program
+    made = contenders.transformers("theirs", path)
+    assert graph.counts(graph.load(made.path)) == graph.counts(program)
+
+
+def test_stock(exported):
+    _, _, path = exported
+    made = contenders.stock("stock", path, "bart", num_heads=4, hidden_size=32)
+    assert made.kind == "stock"
+    assert graph.counts(graph.load(made.path))["BiasGelu"] == 2
+
+
+def test_what_cannot_be_made_is_a_reason(tmp_path):
+    bad = tmp_path / "bad.onnx"
+    bad.write_text("no model")
+    for make in (contenders.onnxscript, contenders.transformers, contenders.int8):
+        made = make("bad", bad)
+        assert made.reason
+        assert str(tmp_path) not in made.reason
+    made = contenders.stock("bad", bad, "no such type")
+    assert made.reason
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_int8_leaves_the_standard_attention_alone(tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    tiny (float[2,4,8] x) => (float[2,4,8] y)
+    {
+      a = MatMul (x, wq)
+      y = Attention <q_num_heads: int = 2, kv_num_heads: int = 2> (a, a, a)
+    }
+    """
+    path = write(tmp_path / "standard.onnx", text)
+    made = contenders.int8("int8", path)
+    assert made.reason == ""
+    operators = graph.counts(graph.load(made.path))
+    assert operators["Attention"] == operators["MatMulInteger"] == 1
+
+
+def test_openvino(attention):
+    arrays = {"given": np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)}
+    both = [
+        contenders.onnx("onnxruntime", attention, "unfused"),
+        contenders.openvino("fp32", attention),
+        contenders.openvino("int8", attention, int8=True),
+    ]
+    answer = measured(*both, arrays=arrays)
+    assert answer.reasons == {}
+    (name,) = answer.measured["fp32"].outputs
+    outputs = {label: one.outputs[name] for label, one in answer.measured.items()}
+    np.testing.assert_allclose(outputs["fp32"], outputs["onnxruntime"], atol=1e-5)
+    assert 0 < np.abs(outputs["int8"] - outputs["onnxruntime"]).max() < 0.5
+    assert answer.operators()["fp32", "run"].sum() > 0
+
+
+def test_openvino_refuses_a_missing_input(attention):
+    answer = measured(contenders.openvino("fp32", attention), arrays={"z": np.ones(3)})
+    assert "KeyError" in answer.reasons["fp32"]
+
+
+def test_openvino_is_optional(attention, tmp_path, monkeypatch):
+    """Where it is not installed the row says so."""
+    (tmp_path / "openvino.py").write_text("raise ModuleNotFoundError('No module named openvino')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    answer = measured(contenders.openvino("fp32", attention), arrays={"x": np.ones(1)})
+    assert answer.reasons["fp32"] == "ModuleNotFoundError: No module named openvino"
+
+
+def test_compiled_is_a_kind_of_its_own():
+    eager, compiled = (
+        contenders.pytorch("a", "helpers.models:pytorch", name="wav2vec2", **more)
+        for more in ({}, {"compiled": True})
+    )
+    assert (eager.kind, compiled.kind) == ("pytorch", "compiled")
+    assert compiled.arguments == {"name": "wav2vec2", "compiled": True}
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match=r"expected one of pytorch, .* found fast"):
+        contenders.onnx("a", "a.onnx", "fast")
+
+
+def test_kinds_look_different_without_colour():
+    shapes = [(look.marker, look.filled) for look in contenders.LOOKS.values()]
+    assert len(set(shapes)) == len(shapes)
