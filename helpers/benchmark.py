@@ -70,13 +70,15 @@ class Measured:
 class Result:
     """What `run` measured on one case: by label, `measured` of who finished, `reasons` of the rest.
 
-    `conditions` has the rounds, inputs, processor, threads and versions, in one line.
+    `in_file` has how often each operator occurs in the file of who finished, if it runs one;
+    `conditions` the rounds, inputs, processor, threads and versions, in one line.
     """
 
     contenders: tuple[Contender, ...]
     reference: str
     measured: Mapping[str, Measured]
     reasons: Mapping[str, str]
+    in_file: Mapping[str, Mapping[str, int]]
     conditions: str
 
     @property
@@ -137,7 +139,7 @@ class Result:
                 "MB on disk": files.size(file) / 1e6 if file and file.is_file() else np.nan,
                 "MB at most": one.peak / 1e6 if one else np.nan,
                 "difference": "" if np.isnan(difference) else f"{difference:.0e}",
-                "nodes": sum(_operators(file).values()) if one and file else "",
+                "nodes": sum(self.in_file.get(contender.label, {}).values()) or "",
                 "nodes run": ran,
             }
             reason = self.reasons.get(contender.label, "")
@@ -152,11 +154,9 @@ class Result:
         import pandas as pd
 
         columns = {}
-        for contender in self.contenders:
-            one = self.measured.get(contender.label)
-            if one and one.operators and contender.path:
-                columns[contender.label, "file"] = _operators(contender.path)
-                columns[contender.label, "run"] = one.operators
+        for label, counts in self.in_file.items():
+            if ran := self.measured[label].operators:
+                columns[label, "file"], columns[label, "run"] = counts, ran
         table = pd.DataFrame(columns).fillna(0).astype(int)
         return table.loc[table.max(axis=1).sort_values(ascending=False, kind="stable").index]
 
@@ -263,17 +263,23 @@ def run(
             for label, one in found.items():
                 relative = dataclasses.replace(one, relative=one.seconds / reference)
                 measured[case].setdefault(label, relative)
+    counts = {
+        c.label: graph.counts(graph.load(c.path, weights=False))
+        for c in contenders
+        if c.path and any(c.label in found for found in measured.values())
+    }
     return {
         case: Result(
             tuple(contenders),
             labels[0],
-            {label: measured[case][label] for label in labels if label in measured[case]},
+            {label: found[label] for label in labels if label in found},
             {label: failed[case][label] for label in labels if label in failed[case]},
+            {label: one for label, one in counts.items() if label in found},
             f"{case}: {by_case[case]} rounds of {repeats}, {len(groups)} groups; "
             + ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
             + f"; {_machine(threads)}",
         )
-        for case, arrays in cases.items()
+        for (case, arrays), found in zip(cases.items(), measured.values(), strict=True)
     }
 
 
@@ -343,10 +349,6 @@ def _timed(
                     for label, worker in workers.items()
                 },
             )
-
-
-def _operators(path: Path) -> dict[str, int]:
-    return graph.counts(graph.load(path, weights=False))
 
 
 def _machine(threads: int) -> str:

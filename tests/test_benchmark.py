@@ -95,7 +95,7 @@ def result(seconds: dict[str, list[float]], reasons: dict[str, str] | None = Non
         )
         for label, values in seconds.items()
     }
-    return benchmark.Result(took_part, took_part[0].label, measured, reasons or {}, "here")
+    return benchmark.Result(took_part, took_part[0].label, measured, reasons or {}, {}, "here")
 
 
 def test_speedup_is_paired_by_round():
