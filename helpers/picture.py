@@ -235,7 +235,8 @@ def mark(
         _put(root, "text", label, x=24, y=y + 4, **style)
         width = max(width, int(24 + CHARACTER * len(label)) + 1)
     box = (-MARGIN, -MARGIN, width + 2 * MARGIN, height + LINE * len(marks) + 2 * MARGIN)
-    background = next(e for e in root.childNodes if e.getAttribute("id") == "background")
+    rectangles = root.getElementsByTagName("rect")
+    background = next(each for each in rectangles if each.getAttribute("id") == "background")
     for name, value in zip(("x", "y", "width", "height"), box, strict=True):
         background.setAttribute(name, str(value))
     for name in ("id", "style"):
@@ -265,8 +266,8 @@ def _size(group: Any) -> tuple[float, float]:
     """Width and height of a node's box, whose border is a rectangle with round corners."""
     border = next(
         path.getAttribute("d")
-        for path in group.childNodes
-        if path.getAttribute("class") == "node node-border"
+        for path in group.getElementsByTagName("path")
+        if path.parentNode is group and path.getAttribute("class") == "node node-border"
     )
     across, radius, down = map(
         float, re.search(r"h([\d.]+)a([\d.]+),.*?v([\d.]+)a", border).groups()
