@@ -139,6 +139,7 @@ def test_large_weights_are_left_out_and_small_ones_keep_their_values(tmp_path):
     proto = view.cut(path).to_proto()
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     assert list(tensors["big"].dims) == [8, 8192]
+    assert tensors["big"].data_location == onnx.TensorProto.DEFAULT  # or Netron asks for a file
     assert onnx.numpy_helper.to_array(tensors["half"]) == 0.5
     assert proto.ByteSize() < 1000
 
@@ -327,6 +328,8 @@ def test_an_svg_is_drawn_and_no_request_leaves_the_machine(program, tmp_path):
     }
     assert asked <= {"https://~notfound", "http://~notfound"}
     assert [p for name, p in told if name.startswith("TCP_CONNECT_ATTEMPT")] == []
+    sent = [p["url"] for name, p in told if name == "URL_REQUEST_START_JOB" and "url" in p]
+    assert [url for url in sent if "analytics" in url] == []  # Netron tries: its page is refused it
     assert "CORS_REQUEST" in {name for name, _ in told}  # the log does tell of requests
 
     before = drawn.read_bytes()
