@@ -140,8 +140,8 @@ def _export(browser: Any, model: bytes) -> str:
         if f"{url.scheme}://{url.netloc}" != home or not file.is_file():
             route.abort()
         elif file.name == "grapher.css":
-            css = file.read_text(encoding="utf-8")
-            route.fulfill(path=file, body=re.sub(r"(?<=font-family: )[^;]+", FONT, css))
+            css = re.sub(r"(?<=font-family: )[^;]+", FONT, file.read_text(encoding="utf-8"))
+            route.fulfill(body=css, content_type="text/css")
         else:
             route.fulfill(path=file)
 

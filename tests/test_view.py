@@ -314,6 +314,8 @@ def test_an_svg_is_drawn_and_no_request_leaves_the_machine(program, tmp_path):
     assert {"MatMul", "Softmax", "Transpose", "B = 0.5"} <= set(
         re.findall(r">([^<>]+)<", svg.replace("</tspan><tspan>", ""))
     )
+    fonts = set(re.findall(r"font-family: (\w+)", svg))
+    assert fonts == {"Arial"}  # of the same widths wherever the picture is shown
     marked = groups(svg)
     for i, name in enumerate(chosen.to_json()["nodes"]):
         assert marked[str(i)].firstChild.firstChild.data == name
