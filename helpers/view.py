@@ -108,21 +108,25 @@ def _find(path: Path, model: ir.Model, wanted: str) -> ir.Node:
     return node
 
 
-def _between(start: ir.Node, end: ir.Node) -> list[ir.Node]:
-    """The nodes on a shortest way along the arrows, from either to the other; both if none is."""
-    for first, last in ((start, end), (end, start)):
-        came_from: dict[ir.Node, ir.Node | None] = {first: None}
-        step = [first]
-        while step and last not in came_from:
-            found = {user: node for node in step for v in node.outputs for user in v.consumers()}
-            step = [user for user in found if user not in came_from]
-            came_from |= {user: found[user] for user in step}
-        if last in came_from:
-            way = [last]
-            while before := came_from[way[-1]]:
-                way.append(before)
-            return way
-    return [start, end]
+def _way(start: ir.Node, goals: set[ir.Node]) -> list[ir.Node]:
+    """The nodes on a shortest way along the arrows, else against them, to one of `goals`."""
+    for along in (True, False):
+        came_from: dict[ir.Node, ir.Node | None] = {start: None}
+        queue = [start]
+        for node in queue:
+            if node in goals:
+                way = [node]
+                while before := came_from[way[-1]]:
+                    way.append(before)
+                return way
+            if along:
+                near = [user for value in node.outputs for user in value.consumers()]
+            else:
+                near = [maker for value in node.inputs if value and (maker := value.producer())]
+            new = [one for one in dict.fromkeys(near) if one not in came_from]
+            came_from |= dict.fromkeys(new, node)
+            queue += new
+    return []
 
 
 def _choose(
@@ -151,8 +155,8 @@ def _choose(
         for node in (marks[:1] if around else marks)
         for near in graph.neighbours(node, up=up, down=down)
     }
-    for start, end in pairwise(marks):
-        taken.update(_between(start, end))
+    for before, node in pairwise(marks):
+        taken.update(_way(node, {before}) or _way(node, taken), {node})
     return [node for node in model.graph if node in taken]
 
 
@@ -170,9 +174,9 @@ def cut(
     Nodes are given by their names, or by the name of a tensor that they compute. With `around`,
     the nodes at most `up` steps against the arrows from it or `down` along them (3, unless given);
     without it, those near the nodes of `along` and `break_at` (1 step). What is named is always
-    shown, together with the nodes between one and the next. If nothing is named: the whole graph
-    where it has at most 60 nodes, else the block of its first attention site. Large weights are
-    left out. Raises `files.BadInput`.
+    shown, with the nodes on the way to the one named before, or else to the nearest that is shown.
+    If nothing is named: the whole graph where it has at most 60 nodes, else the block of its first
+    attention site. Large weights are left out. Raises `files.BadInput`.
     """
     path = files.check(path)
     model = graph.load(path, weights=False)

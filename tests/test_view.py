@@ -99,6 +99,13 @@ def test_what_is_named_is_shown_with_the_nodes_between(tmp_path):
     }
     between = {"n_q_transpose", "n_scores", "n_scale", "n_q_bias"}
     assert set(answer["nodes"]) == {"n_softmax", "n_q_heads", "n_q", "n_v"} | between
+    near = shown(path, "n_softmax", break_at="n_v", up=0, down=1)  # no way from one to the other
+    assert set(near) == {"n_softmax", "n_context", "n_v", "n_v_bias", "n_v_heads", "n_v_transpose"}
+    assert shown(path, "n_context", break_at="n_flat", up=0, down=0) == [
+        "n_context",
+        "n_merge",
+        "n_flat",
+    ]
     assert "Around Softmax n_softmax. Path: 1 Reshape n_q_heads, 2 MatMul n_q." in str(chosen)
 
 
@@ -314,7 +321,7 @@ def test_an_svg_is_drawn_and_no_request_leaves_the_machine(program, tmp_path):
     assert {"MatMul", "Softmax", "Transpose", "B = 0.5"} <= set(
         re.findall(r">([^<>]+)<", svg.replace("</tspan><tspan>", ""))
     )
-    fonts = set(re.findall(r"font-family: (\w+)", svg))
+    fonts = set(re.findall(r"font-family: ([^,]+),", svg))
     assert fonts == {"Arial"}  # of the same widths wherever the picture is shown
     marked = groups(svg)
     for i, name in enumerate(chosen.to_json()["nodes"]):
