@@ -59,6 +59,26 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if report.held else FAILED, report.to_json(), str(report)
 
 
+def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers import view
+
+    names = ("around", "along", "break_at", "up", "down")
+    choice = {name: getattr(arguments, name) for name in names}
+    if arguments.save:
+        shown = view.save(arguments.model, arguments.save, chromium=arguments.chromium, **choice)
+        answer = {"picture": str(arguments.save), **shown.to_json()}
+        return DONE, answer, f"{arguments.save}: {shown}"
+    shown = view.cut(arguments.model, **choice)
+    if arguments.json:
+        return DONE, shown.to_json(), ""
+    import netron
+
+    print(shown)
+    print(f"{view.serve(arguments.model, shown)} (Ctrl-C stops it)", flush=True)
+    netron.wait()
+    return DONE, {}, "stopped"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -76,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--inputs", type=Path, metavar="FEEDS.npz", help="one array for each input"
     )
+    view = add("view", _view, "Netron on the part of a model that matters, live or as a picture")
+    view.add_argument("model", type=Path, metavar="MODEL.onnx")
+    view.add_argument("--around", metavar="NODE", help="the node, or a tensor that it computes")
+    view.add_argument("--up", type=int, metavar="N", help="steps against the arrows (default 3)")
+    view.add_argument("--down", type=int, metavar="N", help="steps along the arrows (default 3)")
+    view.add_argument(
+        "--path", dest="along", nargs="+", default=(), metavar="NODE", help="nodes to be numbered"
+    )
+    view.add_argument("--break", dest="break_at", metavar="NODE", help="the node where it breaks")
+    view.add_argument(
+        "--save", type=Path, metavar="PICTURE.svg", help="draw it to an .svg or .png, serve nothing"
+    )
+    view.add_argument("--chromium", metavar="FILE", help="what draws the picture")
     return parser
 
 

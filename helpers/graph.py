@@ -433,7 +433,8 @@ def cut_out(model: ir.Model, taken: Iterable[ir.Node]) -> ir.Model:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     inside = [node for node in copy.graph if name(node) in names]
     made = {value for node in inside for value in node.outputs}
-    read = dict.fromkeys(v for node in inside for v in node.inputs if v is not None)
+    reads = ir.traversal.RecursiveGraphIterator(inside)  # a branch or a body reads from around it
+    read = dict.fromkeys(v for node in reads for v in node.inputs if v and v.graph is copy.graph)
     inputs = [value for value in read if value not in made and not value.is_initializer()]
     outputs = [
         value
