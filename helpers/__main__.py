@@ -1,14 +1,23 @@
 """The helpers from a shell: ``python -m helpers inspect MODEL.onnx`` and the like."""
 
 import argparse
+import contextlib
+import glob
 import json
+import logging
+import os
+import resource
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from helpers import files
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
+SECONDS, SECONDS_EACH = 300, 2e-6  # likewise, of time
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,10 +82,8 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         return DONE, shown.to_json(), ""
     import netron
 
-    print(shown)
-    print(f"{view.serve(arguments.model, shown)} (Ctrl-C stops it)", flush=True)
-    netron.wait()
-    return DONE, {}, "stopped"
+    arguments.wait = netron.wait  # once the address is printed
+    return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,15 +119,68 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _bounded(models: list[Path]) -> Iterator[None]:
+    """Bound the memory and time of a command: a damaged model may ask for any amount of them."""
+    bytes_ = sum(file.stat().st_size for path in models if path.is_file() for file in _beside(path))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = MEMORY + MEMORY_EACH * bytes_
+    limit = wanted if before[1] == resource.RLIM_INFINITY else min(wanted, before[1])
+    seconds = SECONDS + SECONDS_EACH * bytes_
+
+    def give_up() -> None:
+        print(
+            f"{models[0]}: expected an answer within {seconds:.0f} s, found none; check the model,"
+            " and try a smaller one",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(BAD_INPUT)  # the code that hangs is not Python's, and cannot be interrupted
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _beside(path: Path) -> list[Path]:
+    """The file and those that begin with its name, as external data is called."""
+    return [file for file in path.parent.glob(f"{glob.escape(path.name)}*") if file.is_file()]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 1 the answer is a failure, 2 bad input."""
     parsed = _parser().parse_args(arguments)
+    models = getattr(parsed, "models", None) or [parsed.model]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # libraries log what they then raise
     try:
-        status, answer, text = parsed.run(parsed)
+        with _bounded(models):
+            status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    print(json.dumps(answer) if parsed.json else text)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # a damaged model that loads can make any library raise anything
+        line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
+        print(files.BadInput(f"{line} check the model"), file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        logging.disable(disabled)
+    try:
+        print(json.dumps(answer) if parsed.json else text, flush=True)
+        if wait := getattr(parsed, "wait", None):
+            wait()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # as in ``| head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 

@@ -5,12 +5,8 @@ with padding, seeded normal floats) and the sizes (dimensions of one name have o
 batch dimension the same, and what is still open is tried until the model runs).
 """
 
-import ast
 import dataclasses
-import operator
-import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +14,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from helpers import files
+from helpers.sizes import BATCH, At, Input, Sizes, size
 
-# Sizes for a dimension of floats (frames, samples, pixels), from small: the first that runs.
-LADDER = (8, 10, 12, 16, 32, 64, 96, 128, 224, 256, 384, 400, 512, 800, 1600, 3000, 4096, 16_000)
-BATCH = "batch"
 _PASSING = {  # what leaves ids as they are
     *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
 _ROTATING = _PASSING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
-_OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.floordiv,
-    ast.Mod: operator.mod,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,33 +48,7 @@ class Feed:
         return arrays
 
 
-@dataclasses.dataclass
-class _Input:
-    """An input of the graph. A dimension is a size, or a name or expression of names."""
-
-    name: str
-    dtype: np.dtype
-    dims: list[int | str]
-    bound: int | None = None  # of the smallest table that its values index
-    indexes: bool = False  # whether it indexes something that is not a table
-    positions: bool = False  # whether sines and cosines are made of it
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype.kind == "f"
-
-    @property
-    def is_mask(self) -> bool:
-        if self.is_float:
-            return "mask" in self.name and len(self.dims) < 4
-        known = self.bound is not None or self.indexes or self.positions
-        return not known and len(self.dims) > 1
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype} ({', '.join(map(str, self.dims))})"
-
-
-def _inputs(path: Path) -> list[_Input]:
+def _inputs(path: Path) -> list[Input]:
     graph = ir.load(path).graph
     found = []
     for value in graph.inputs:
@@ -103,14 +63,14 @@ def _inputs(path: Path) -> list[_Input]:
         for axis, dim in enumerate(value.shape):
             text = str(dim) if isinstance(dim, int) else dim.value or f"{value.name}_{axis}"
             dims.append(int(text) if text.isdigit() else text)
-        one = _Input(value.name, value.dtype.numpy(), dims)
+        one = Input(value.name, value.dtype.numpy(), dims)
         if not one.is_float:
             _follow(value, one)
         found.append(one)
     return found
 
 
-def _follow(origin: ir.Value, one: _Input) -> None:
+def _follow(origin: ir.Value, one: Input) -> None:
     """Find what an integer input holds: ids, by the tables that it indexes, or positions."""
     queue, seen = [origin], set()
     while queue:
@@ -141,108 +101,7 @@ def _rotates(value: ir.Value) -> bool:
     return False
 
 
-# ── Sizes ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def _symbols(dim: int | str) -> list[str]:
-    """The names in a dimension. What is no expression (seq.len, batch-size) is a name itself."""
-    if isinstance(dim, int):
-        return []
-    try:
-        ast.parse(dim, mode="eval")
-    except SyntaxError:
-        return [dim]
-    if re.search(r"[^\w\s()+*/%,-]|[A-Za-z_]\w*[-/][A-Za-z_]", dim):
-        return [dim]
-    return [name for name in re.findall(r"[A-Za-z_]\w*", dim) if name not in ("Max", "Min")]
-
-
-def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
-    """The size of a dimension, where its names have `sizes`."""
-    if isinstance(dim, int) or dim in sizes:
-        return dim if isinstance(dim, int) else sizes[dim]
-
-    def value(node: ast.expr) -> int:
-        if isinstance(node, ast.Constant):
-            return int(node.value)
-        if isinstance(node, ast.Name):
-            return sizes[node.id]
-        if isinstance(node, ast.BinOp):
-            return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            return {"Max": max, "Min": min}[node.func.id](map(value, node.args))
-        raise KeyError(ast.dump(node))
-
-    return value(ast.parse(dim, mode="eval").body)
-
-
-class _Sizes:
-    """The open dimensions by what they are: batch, cache, signal, mask and token lengths."""
-
-    def __init__(self, inputs: list[_Input]) -> None:
-        self.kind: dict[str, str] = {}
-        caches = [one for one in inputs if one.is_float and len(one.dims) == 4]
-        caches = caches if len(caches) > 1 else []  # one alone is an image
-
-        def claim(kind: str, dims: list[int | str]) -> None:
-            for dim in dims:
-                for symbol in _symbols(dim):
-                    self.kind.setdefault(symbol, kind)
-
-        for one in inputs:
-            claim(BATCH, one.dims[:1] if len(one.dims) > 1 else [])
-        for one in caches:
-            claim("cache", one.dims)
-        for one in inputs:
-            claim("signal", one.dims if one.is_float else [])
-        for one in inputs:
-            claim("token", [] if one.is_mask or one.is_float else one.dims)
-        for one in inputs:
-            claim("mask", one.dims)
-        self.waveform = any(
-            one.is_float and not one.is_mask and len(one.dims) == 2 for one in inputs
-        )
-        self.image = not caches and any(one.is_float and len(one.dims) == 4 for one in inputs)
-
-    def assign(self, at: "_At") -> dict[str, int]:
-        """Sizes by name. Token lengths of other names (an encoder's, a decoder's) are apart."""
-        masks = {"token": at.token, "sum": at.token + at.cache, "signal": at.signal}
-        sizes = {BATCH: at.batch, "cache": at.cache, "signal": at.signal, "mask": masks[at.mask]}
-        tokens = [symbol for symbol, kind in self.kind.items() if kind == "token"]
-        return {
-            symbol: at.token - at.apart * tokens.index(symbol) if kind == "token" else sizes[kind]
-            for symbol, kind in self.kind.items()
-        }
-
-    def tries(self) -> Iterator["_At"]:
-        """Sizes to try, the likeliest first."""
-        kinds = set(self.kind.values())
-        masks = ("token", "sum", "signal")
-        if "signal" in kinds and (self.waveform or "token" not in kinds):
-            masks = ("signal", "token", "sum")  # of another length it runs too, and masks nothing
-        for batch in (2, 1):
-            for cache in (5, 0) if "cache" in kinds else (5,):
-                for signal in LADDER if "signal" in kinds else LADDER[:1]:
-                    for mask in masks if "mask" in kinds else ("token",):
-                        for apart in (2, 0):
-                            yield _At(batch, 8, cache, signal, mask, apart)
-        if "token" in kinds:  # the length that was traced may be the only one
-            for token in (*range(2, 33), 64, 128):
-                yield _At(2, token, 5, LADDER[0], "token", 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _At:
-    """Sizes of the open dimensions; `mask` names what a mask of its own length is as long as."""
-
-    batch: int
-    token: int
-    cache: int
-    signal: int
-    mask: str
-    apart: int
+# ── Inferred ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def infer(path: str | Path) -> tuple[list[Feed], str]:
@@ -260,22 +119,19 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
                 f"{path}: expected inputs that can be inferred (ids, masks, floats), found {one};"
                 " give --inputs FEEDS.npz"
             )
-    sizes = _Sizes(inputs)
+    sizes = Sizes(inputs)
     try:
         session = files.session(path)
     except Exception as error:  # ONNX Runtime's own types
-        raise files.BadInput(
-            f"{path}: expected a model that ONNX Runtime {ort.__version__} can load,"
-            f" found: {error}; export it again"
-        ) from None
+        raise files.refused(path, error) from None
 
-    def feed(name: str, at: _At, padding: str = "no", keep: bool = True) -> Feed:
+    def feed(name: str, at: At, padding: str = "no", keep: bool = True) -> Feed:
         arrays = _arrays(inputs, sizes.assign(at), padding, keep)
         masks = [one.name for one in inputs if one.is_mask and len(one.dims) == 2]
         keys = {name: arrays[name].astype(bool) == keep for name in masks}
         return Feed(name, arrays, keys, True)
 
-    def problem(at: _At) -> str | None:
+    def problem(at: At) -> str | None:
         try:
             session.run(None, feed("", at).arrays)
         except Exception as error:  # ONNX Runtime's own types, or a size that cannot be
@@ -324,13 +180,13 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
 
 
 def _arrays(
-    inputs: list[_Input], sizes: Mapping[str, int], padding: str, keep: bool
+    inputs: list[Input], sizes: Mapping[str, int], padding: str, keep: bool
 ) -> dict[str, np.ndarray]:
     """Seeded values. In masks `keep` marks a key; `padding` is no, right, left or all."""
     random = np.random.default_rng(0)
     arrays = {}
     for one in inputs:
-        shape = tuple(_size(dim, sizes) for dim in one.dims)
+        shape = tuple(size(dim, sizes) for dim in one.dims)
         if one.is_mask:
             values = np.full(shape, keep)
             length = shape[-1]
@@ -352,7 +208,7 @@ def _arrays(
     return arrays
 
 
-def _inverted(session: ort.InferenceSession, inputs: list[_Input], feed: Feed) -> bool:
+def _inverted(session: ort.InferenceSession, inputs: list[Input], feed: Feed) -> bool:
     """Whether a True in the graph's boolean mask means padding, as in torch.nn.MultiheadAttention.
 
     Mask the first position away as if True meant a key, and change what is there: other rows must
@@ -373,7 +229,7 @@ def _inverted(session: ort.InferenceSession, inputs: list[_Input], feed: Feed) -
     )
 
 
-def _describe(inputs: list[_Input], feeds: list[Feed], keep: bool) -> str:
+def _describe(inputs: list[Input], feeds: list[Feed], keep: bool) -> str:
     parts = []
     for one in inputs:
         what = "normal" if one.is_float else "positions"
@@ -398,9 +254,12 @@ def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
     """
     npz, path = Path(npz), Path(path).absolute()
     try:
-        with np.load(npz, allow_pickle=False) as stored:
+        with npz.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("one array, without a name")
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile, zlib and ast raise their own
         raise files.BadInput(
             f"{npz}: expected an .npz file of arrays, found: {error}; write it with numpy.savez"
         ) from None
@@ -411,18 +270,30 @@ def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
             f"{npz}: expected arrays {', '.join(names)}, found {', '.join(arrays) or 'none'};"
             f" name them as the inputs of {path.name}"
         )
+    sizes: dict[str, tuple[int, str]] = {}  # by name of a dimension, and whose it is
     for one in inputs:
         array = arrays[one.name]
+        found = f"found {array.dtype} {array.shape}"
         fits = array.dtype == one.dtype and array.ndim == len(one.dims)
-        pairs = zip(one.dims, array.shape, strict=False)
-        if not fits or any(isinstance(dim, int) and dim != size for dim, size in pairs):
+        pairs = list(zip(one.dims, array.shape, strict=False))
+        if not fits or any(isinstance(dim, int) and dim != length for dim, length in pairs):
+            raise files.BadInput(f"{npz}: expected {one}, {found}; change the array")
+        for dim, length in pairs:
+            if isinstance(dim, int):
+                continue
+            known, whose = sizes.setdefault(dim, (length, one.name))
+            if known != length:
+                raise files.BadInput(
+                    f"{npz}: expected {dim} of one size, found {known} in {whose} and {length} in"
+                    f" {one.name}; change the arrays"
+                )
+        is_cache = one.is_float and len(one.dims) == 4  # which may be empty
+        if not array.size and not is_cache:
+            raise files.BadInput(f"{npz}: expected values for {one}, {found}; change the array")
+        if one.bound and not 0 <= array.min() <= array.max() < one.bound:
             raise files.BadInput(
-                f"{npz}: expected {one}, found {array.dtype} {array.shape}; change the array"
-            )
-        if one.bound and array.size and not -one.bound <= array.min() <= array.max() < one.bound:
-            raise files.BadInput(
-                f"{npz}: expected {one.name} below {one.bound}, the rows of the table that it"
-                f" indexes, found {array.min()} to {array.max()}; change the ids"
+                f"{npz}: expected {one.name} from 0 to {one.bound - 1}, the rows of the table that"
+                f" it indexes, found {array.min()} to {array.max()}; change the ids"
             )
     masks = [one.name for one in inputs if one.is_mask and len(one.dims) == 2]
     keys = {name: arrays[name] != 0 for name in masks if arrays[name].dtype.kind != "b"}

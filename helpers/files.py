@@ -4,17 +4,28 @@ Nothing else catches every bad file (an empty file passes ``onnx.load``, truncat
 passes ``onnx.checker``), so `check` asks each in turn and ends with the runtime itself.
 """
 
+import errno
+import fcntl
+import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+from onnx.external_data_helper import ExternalDataInfo
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
+PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
+DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
+STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
 
 class BadInput(ValueError):
@@ -55,66 +66,243 @@ def session(
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+# ── Reading ─────────────────────────────────────────────────────────────────────────────────────
+
+
 def check(path: str | Path) -> Path:
     """Return `path`, absolute, if ONNX Runtime can run the model there; else raise `BadInput`."""
     path = Path(path).absolute()
-    if not path.is_file():
-        raise BadInput(f"{path}: expected a model file, found none; check the path")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path}: expected an ONNX model, found an empty file; export it again")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # the parser raises DecodeError, RuntimeError or ValueError
-        raise BadInput(
-            f"{path}: expected an ONNX model, found a file that does not parse as one"
-            f" ({type(error).__name__}); export it again"
-        ) from None
-    if not model.opset_import or not model.graph.output:
-        raise BadInput(
-            f"{path}: expected an ONNX model, found a file without an opset or without outputs;"
-            " export it again"
-        )
-    del model
+    model = _parsed(path)
+    _check_external(path, model)
     try:
         onnx.checker.check_model(str(path))
+        ir.from_proto(model)
+        del model  # the session reads the file again
         session(path, optimise=False)
     except Exception as error:  # each library raises its own types; all mean that the file is bad
-        raise BadInput(
-            f"{path}: expected a model that ONNX Runtime {ort.__version__} can load,"
-            f" found: {error}; export it again"
-        ) from None
+        raise refused(path, error) from None
     return path
+
+
+def refused(path: Path, error: Exception) -> BadInput:
+    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
+    said = " ".join(str(error).split())
+    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
+    said = re.sub(r"/onnxruntime_src/\S+ .*?\) (?=[A-Z])", "", said)  # a place in its source
+    said = f"{said[:700]} …" if len(said) > 700 else said.rstrip(".; ")
+    return BadInput(
+        f"{path}: expected a model that ONNX Runtime {ort.__version__} can load, found:"
+        f" {said or type(error).__name__}; export it again, for this version"
+    )
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    """The model at `path` without its external data, or `BadInput`."""
+    wanted = f"{path}: expected an ONNX model, found"
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadInput(f"{wanted} a folder; name the file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise BadInput(f"{wanted} no regular file; copy it to one")
+        if status.st_size == 0:
+            raise BadInput(f"{wanted} an empty file; export it again")
+        with path.open("rb") as file:
+            start = file.read(1024)
+        if kind := _other(start):
+            raise BadInput(f"{wanted} {kind}")
+        if status.st_size > PROTOBUF:
+            raise BadInput(
+                f"{wanted} {status.st_size} bytes, more than protobuf reads (2 GB); export it"
+                " again, with its weights as external data"
+            )
+        model = onnx.load(path, load_external_data=False)
+    except BadInput:
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"{path}: expected a model file, found none; check the path") from None
+    except OSError as error:
+        raise BadInput(f"{wanted} a file that cannot be read: {error}; check it") from None
+    except Exception as error:  # DecodeError, RuntimeError, ValueError, …
+        raise BadInput(
+            f"{wanted} a file that is truncated or damaged ({type(error).__name__}); get it or"
+            " export it again"
+        ) from None
+    if not model.opset_import or not model.graph.output:
+        raise BadInput(f"{wanted} a file without an opset or without outputs; export it again")
+    return model
+
+
+def _other(start: bytes) -> str:
+    """What a file is that begins with `start`, and what to do, if it is no protobuf; else empty."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; fetch the file itself: git lfs pull"
+    if start.startswith(b"PK\x03\x04"):
+        return "a zip archive (as PyTorch saves); unpack it, or export the model to ONNX"
+    if start[8:10] == b'{"':
+        return "a safetensors file; export the model to ONNX"
+    if b"\0" not in start and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        return "a text file; name the .onnx file, or download it again"
+    return ""
+
+
+def _external(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """The tensors whose values are in another file."""
+    tensors = [*getattr(graph, "initializer", ())]
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _external(inner)
+    yield from (one for one in tensors if one.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _all_external(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in (model.graph, *model.functions):
+        yield from _external(graph)
+
+
+def _check_external(path: Path, model: onnx.ModelProto) -> None:
+    """Raise `BadInput` where the external data of the model at `path` is not whole and beside it.
+
+    Links are refused as onnx's checker refuses them: they may lead out of the model's folder.
+    """
+    for tensor in _all_external(model):
+        wanted = f"{path}: expected the values of {tensor.name or 'a tensor'}"
+        try:
+            data = ExternalDataInfo(tensor)
+            offset, length = data.offset or 0, data.length
+            count = ir.from_proto(tensor).nbytes
+            location = Path(data.location)
+        except Exception as error:  # no number, no location, or a type that is none
+            raise BadInput(f"{wanted} in another file, found: {error}; export it again") from None
+        wanted += f" in {location}"
+        file = path.parent / location
+        inside = file.resolve().is_relative_to(path.parent.resolve())
+        if location.is_absolute() or ".." in location.parts or not inside:
+            raise BadInput(
+                f"{wanted}, found that this leads out of the model's folder; put the data beside"
+                " the model and export it again"
+            )
+        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
+            raise BadInput(
+                f"{wanted}, found a link, which may lead out of the model's folder; put a copy"
+                " there instead"
+            )
+        if not file.is_file():
+            raise BadInput(f"{wanted}, found no such file; put it beside the model")
+        size = file.stat().st_size
+        if length not in (None, count) or not 0 <= offset <= offset + count <= size:
+            raise BadInput(
+                f"{wanted}, {count} bytes from {offset}, found {size} bytes and a length of"
+                f" {length if length is not None else 'none'}: truncated, or not this model's;"
+                " get the file again, or export it again"
+            )
+
+
+def size(path: str | Path) -> int:
+    """Bytes on disk of the model at `path`, its external data included."""
+    path = Path(path)
+    model = onnx.load(path, load_external_data=False)
+    return sum(file.stat().st_size for file in {path, *_data(path, model)})
+
+
+def _data(path: Path, model: onnx.ModelProto) -> set[Path]:
+    return {path.parent / ExternalDataInfo(tensor).location for tensor in _all_external(model)}
+
+
+# ── Writing ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file so that it appears whole or not at all.
+
+    Yields a path in a temporary folder beside `path` to write to; on leaving, the file is moved
+    into place. If the body raises or the process is killed, what was at `path` before is still
+    there. Raises `BadInput` on a folder that is missing or cannot be written to, or a full disk.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise BadInput(f"{path}: expected a file to write, found a folder; choose another name")
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: expected an existing folder, found none; create {path.parent}")
+    _remove_left_over(path.parent)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=DRAFT, dir=path.parent))
+    except OSError as error:
+        raise BadInput(
+            f"{path}: expected a folder that can be written to, found: {error.strerror}; choose"
+            " another"
+        ) from None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # until this process ends, however it does
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BadInput(
+            f"{path}: expected room for the file, found: {error.strerror}; make room, or choose"
+            " another folder"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Remove what writes that were killed have left in `parent`."""
+    for folder in parent.glob(f"{DRAFT}*"):
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while one writes there
+                if time.time() - folder.stat().st_mtime > STALE:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Write a model file so that it appears whole or not at all.
+    """Write a model file by `replacing`, its external data included.
 
-    Yields a path in a temporary folder beside `path`: write the model there, with any external data
-    beside it. On leaving, the model is checked and moved into place, its data first; if the body or
-    the check raises, or the process is killed, what was at `path` before is still there.
+    Yields a path to write the model to, with any external data beside it. On leaving, the model is
+    checked. Its data gets a name that nothing has, and is there before the model is, so that at no
+    moment a model is beside data of another; the old model's data goes last.
     """
     path = Path(path).absolute()
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: expected an existing folder, found none; create {path.parent}")
+    moved: list[Path] = []
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
-    except OSError as error:
-        raise BadInput(
-            f"{path}: expected a folder that can be written to, found: {error}; choose another"
-        ) from None
-    try:
-        draft = folder / path.name
-        yield draft
-        check(draft)
-        for file in sorted(folder.iterdir(), key=lambda file: file == draft):  # the model last
-            file.replace(path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with replacing(path) as draft:
+            yield draft
+            check(draft)
+            model = onnx.load(draft, load_external_data=False)
+            token = secrets.token_hex(4)
+            names = {}
+            for tensor in _all_external(model):
+                [location] = (one for one in tensor.external_data if one.key == "location")
+                new = f"{path.name}.{token}.{len(names)}.data"
+                location.value = names.setdefault(location.value, new)
+            for old, new in names.items():
+                moved.append(path.parent / new)
+                (draft.parent / old).replace(path.parent / new)
+            if names:
+                draft.write_bytes(model.SerializeToString())
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
+    ours = re.compile(rf"{re.escape(path.name)}\.([0-9a-f]{{8}}\.\d+\.)?data")
+    for file in path.parent.iterdir():
+        if ours.fullmatch(file.name) and file not in moved:
+            file.unlink()
 
 
 def save(model: ir.Model, path: str | Path) -> Path:
-    """Save `model` by `writing`: one file, or above 1.5 GB with its weights in `NAME.onnx.data`.
+    """Save `model` by `writing`: one file, or above 1.5 GB with its weights in a file beside it.
 
     Returns the absolute path. ``onnx_ir.save`` is used since ``onnx.save`` looks for an old data
     file in the working directory and appends to it.
@@ -127,12 +315,5 @@ def save(model: ir.Model, path: str | Path) -> Path:
         if value.const_value is not None
     )
     with writing(path) as draft:
-        ir.save(model, draft, external_data=f"{path.name}.data" if weights > ONE_FILE else None)
+        ir.save(model, draft, external_data="weights.data" if weights > ONE_FILE else None)
     return path
-
-
-def size(path: str | Path) -> int:
-    """Bytes on disk of the model at `path`, its external data included."""
-    path = Path(path)
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)

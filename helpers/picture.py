@@ -8,7 +8,6 @@ import base64
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from xml.dom import minidom
 
-from helpers.files import BadInput
+from helpers.files import BadInput, replacing
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SUFFIXES = (".svg", ".png")
@@ -44,21 +43,12 @@ def chromium(given: str | Path | None = None) -> str:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write a picture to, which then appears at `path` whole or not at all."""
+    """`files.replacing` for a picture, by the name of what it can be."""
     path = Path(path).absolute()
     if path.suffix not in SUFFIXES:
         raise BadInput(f"{path}: expected a name that ends in .svg or .png; choose another")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: expected an existing folder, found none; create {path.parent}")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            draft = Path(folder) / path.name
-            yield draft
-            draft.replace(path)
-    except OSError as error:
-        raise BadInput(
-            f"{path}: expected a folder that can be written to, found: {error}; choose another"
-        ) from None
+    with replacing(path) as draft:
+        yield draft
 
 
 def draw(

@@ -6,7 +6,7 @@ import onnx.parser
 import pytest
 from graphs import write
 
-from helpers import feeds, files
+from helpers import feeds, files, sizes
 
 OPSET = '<ir_version: 8, opset_import: ["" : 17]>'
 
@@ -81,9 +81,9 @@ def test_dimensions_of_one_name_have_one_size_and_expressions_are_worked_out(tmp
     )
     assert cases
     at = {"s": 7, "b": 2}
-    assert feeds._size("s + 3", at) == 10
-    assert feeds._size("((((s//2)) - 1)*b) + 1", at) == 5
-    assert feeds._size("Max(1, s - 9)", at) == 1
+    assert sizes.size("s + 3", at) == 10
+    assert sizes.size("((((s//2)) - 1)*b) + 1", at) == 5
+    assert sizes.size("Max(1, s - 9)", at) == 1
 
 
 def test_lengths_are_tried_until_the_model_runs(tmp_path):
@@ -146,8 +146,8 @@ def test_positions_of_rotary_embeddings_are_no_mask(tmp_path):
 
 @pytest.mark.parametrize("name", ["seq.len", "batch-size", "encoder/length", "a b", "dim:0"])
 def test_a_dimension_that_is_no_expression_is_a_name(name):
-    assert feeds._symbols(name) == [name]
-    assert feeds._size(name, {name: 7}) == 7
+    assert sizes._symbols(name) == [name]
+    assert sizes.size(name, {name: 7}) == 7
 
 
 def test_a_model_that_takes_one_sample_at_a_time_gets_that(tmp_path):
@@ -236,7 +236,10 @@ def test_a_file_of_arrays_is_checked_against_the_model(tmp_path):
         "expected arrays ids, mask, found ids, mask, more": {"ids": ids, "mask": mask, "more": ids},
         "expected ids int64": {"ids": ids.astype(np.float32), "mask": mask},
         "expected mask int64": {"ids": ids, "mask": mask[0]},
-        "expected ids below 13": {"ids": ids + 1, "mask": mask},
+        "expected ids from 0 to 12": {"ids": ids + 1, "mask": mask},
+        "expected ids from 0 to 12, .* found -1 to 10": {"ids": ids - 2, "mask": mask},
+        "expected s of one size, found 2 in ids and 3": {"ids": ids, "mask": np.array([[1, 1, 0]])},
+        "expected values for ids": {"ids": ids[:0], "mask": mask[:0]},
     }
     for message, arrays in wrong.items():
         with pytest.raises(files.BadInput, match=message):
