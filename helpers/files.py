@@ -279,18 +279,8 @@ def writing(path: str | Path) -> Iterator[Path]:
         with replacing(path) as draft:
             yield draft
             check(draft)
-            model = onnx.load(draft, load_external_data=False)
-            token = secrets.token_hex(4)
-            names = {}
-            for tensor in _all_external(model):
-                [location] = (one for one in tensor.external_data if one.key == "location")
-                new = f"{path.name}.{token}.{len(names)}.data"
-                location.value = names.setdefault(location.value, new)
-            for old, new in names.items():
-                moved.append(path.parent / new)
-                (draft.parent / old).replace(path.parent / new)
-            if names:
-                draft.write_bytes(model.SerializeToString())
+            if len(list(draft.parent.iterdir())) > 1:
+                _move_data(draft, path, moved)
     except BaseException:
         for file in moved:
             file.unlink(missing_ok=True)
@@ -299,6 +289,20 @@ def writing(path: str | Path) -> Iterator[Path]:
     for file in path.parent.iterdir():
         if ours.fullmatch(file.name) and file not in moved:
             file.unlink()
+
+
+def _move_data(draft: Path, path: Path, moved: list[Path]) -> None:
+    """Move the external data of `draft` beside `path`, under new names, added to `moved`."""
+    model = onnx.load(draft, load_external_data=False)
+    token, names = secrets.token_hex(4), {}
+    for tensor in _all_external(model):
+        [location] = (one for one in tensor.external_data if one.key == "location")
+        new = f"{path.name}.{token}.{len(names)}.data"
+        location.value = names.setdefault(location.value, new)
+    for old, new in names.items():
+        moved.append(path.parent / new)
+        (draft.parent / old).replace(path.parent / new)
+    draft.write_bytes(model.SerializeToString())
 
 
 def save(model: ir.Model, path: str | Path) -> Path:
