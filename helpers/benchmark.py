@@ -6,9 +6,10 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import importlib.metadata
-import itertools
 import os
 import platform
 import re
@@ -136,7 +137,7 @@ class Result:
                 "low": low,
                 "high": high,
                 "milliseconds": 1000 * np.median(one.seconds) if one else np.nan,
-                "MB on disk": files.size(file) / 1e6 if file and file.is_file() else np.nan,
+                "MB on disk": files.size(file) / 1e6 if one and file else np.nan,
                 "MB at most": one.peak / 1e6 if one else np.nan,
                 "difference": "" if np.isnan(difference) else f"{difference:.0e}",
                 "nodes": sum(self.in_file.get(contender.label, {}).values()) or "",
@@ -165,7 +166,7 @@ class Result:
         from matplotlib.figure import Figure
 
         speedups, names = self.speedups(), []
-        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), layout="constrained")
+        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), dpi=70, layout="constrained")
         axes = figure.subplots()
         axes.axvline(1, color="grey", linewidth=1, linestyle="--")
         for row, contender in enumerate(self.contenders):
@@ -215,20 +216,21 @@ def run(
     rounds: int | Mapping[str, int] = 10,
     repeats: int = 1,
     threads: int = 2,
-    at_once: int = 6,
+    at_once: int = 7,
     timeout: float = TIMEOUT,
     progress: bool = True,
 ) -> dict[str, Result]:
     """Time `contenders` on each of the `cases`, by name; a graph takes the inputs that it knows.
 
-    Each runs twice without being timed; then, in each of the `rounds` (or as many as they say by
+    Each runs once without being timed; then, in each of the `rounds` (or as many as they say by
     case), each runs `repeats` times, of which the median counts. `threads` are for one operator,
     and never spin. Ratios are against the first contender. A contender that raises, dies, or does
     not answer within `timeout` seconds has no times, but a reason.
 
     At most `at_once` models are in memory. Where there are more contenders, they are timed group by
     group, in their order, with the first of all in each: two of different groups are compared by
-    what each took of its time. Peaks of memory grow from case to case, so put a small one first.
+    what each took of its time, which is less sure, so put those side by side that are alike. Peaks
+    of memory grow from case to case, so put a small one first.
     Raises ValueError on bad arguments.
     """
     labels = [contender.label for contender in contenders]
@@ -247,9 +249,10 @@ def run(
     able = [c for c in contenders if not c.reason]
     first = [c for c in able if c.label == labels[0]]
     rest = [c for c in able if c.label != labels[0]]
-    groups = [first + some for some in _groups(rest, at_once - len(first))] or [first]
+    groups = [first + some for some in _batched(rest, at_once - len(first))] or [first]
     measured: dict[str, dict[str, Measured]] = {case: {} for case in cases}
     failed: dict[str, dict[str, str]] = {case: dict(reasons) for case in cases}
+    _give_back()
     for number, group in enumerate(groups):
         if progress:
             print(f"group {number + 1} of {len(groups)}: {len(group)} contenders", flush=True)
@@ -283,11 +286,15 @@ def run(
     }
 
 
-def _groups(contenders: list[Contender], size: int) -> list[list[Contender]]:
-    """In their order, in as few groups as can be, of about one size."""
-    count = -(-len(contenders) // size)
-    ends = [round(len(contenders) * n / count) for n in range(count + 1)] if count else []
-    return [contenders[start:end] for start, end in itertools.pairwise(ends)]
+def _batched(contenders: list[Contender], size: int) -> list[list[Contender]]:
+    return [contenders[start : start + size] for start in range(0, len(contenders), size)]
+
+
+def _give_back() -> None:
+    """Give the memory that this process has freed back to the system, where the C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _timed(
@@ -322,10 +329,9 @@ def _timed(
         receive(list(workers))  # they have loaded
         for case, arrays in cases.items():
             np.savez(folder / "arrays.npz", **arrays)
-            for untimed in ({"arrays": str(folder / "arrays.npz")}, {"runs": 1}):
-                for worker in workers.values():  # all together
-                    worker.send(**untimed)
-                receive(list(workers))
+            for worker in workers.values():  # all together, since this run is not timed
+                worker.send(arrays=str(folder / "arrays.npz"))
+            receive(list(workers))
             seconds: dict[str, list[float]] = {label: [] for label in workers}
             for number in range(rounds[case]):
                 for label in turns(list(seconds), number):

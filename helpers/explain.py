@@ -389,13 +389,16 @@ def explain(
     num_heads: int = 0,
     hidden_size: int = 0,
     opt_level: int | None = None,
+    options: Any = None,
+    save: str | Path | None = None,
 ) -> Explanation:
     """Run ``onnxruntime.transformers.optimizer`` on the file at `path`, and say what it missed.
 
     `model_type` is a key of its MODEL_TYPES, or of one that was registered there; `num_heads`,
-    `hidden_size` and `opt_level` are passed on (0, and None: the optimizer's own choice). Raises
-    `files.BadInput` on an unknown `model_type`, or a hidden size that is no multiple of the heads.
-    What the optimizer's code raises becomes a reason.
+    `hidden_size`, `opt_level` and `options` (its FusionOptions) are passed on (0, and None: the
+    optimizer's own choice). What it makes is written to `save`. Raises `files.BadInput` on an
+    unknown `model_type`, or a hidden size that is no multiple of the heads. What the optimizer's
+    code raises becomes a reason.
     """
     from onnxruntime.transformers import optimizer
 
@@ -413,18 +416,23 @@ def explain(
     proto = error = None
     with quiet(), Watch(class_, names) as watch:
         try:
-            proto = optimizer.optimize_model(
-                str(path), model_type, num_heads, hidden_size, opt_level=opt_level
-            ).model
+            made = optimizer.optimize_model(
+                str(path), model_type, num_heads, hidden_size, options, opt_level
+            )
+            proto = made.model
         except Exception as raised:  # any: the code is not ours, and that it raised is the answer
             where = traceback.extract_tb(raised.__traceback__)[-1]
             error = f"{type(raised).__name__} ({raised}) at {PurePath(where.filename).name}"
             error += f":{where.lineno} ({where.line})"
+        if save and proto:
+            with files.writing(save) as draft:
+                made.save_model_to_file(str(draft))
         gc.collect()  # the optimizer leaves temporary folders behind, with a warning
-    model = ir.from_proto(proto) if proto else graph.load(path, weights=False)
+    if proto:  # the sites keep their graph, which needs no weights
+        model = ir.from_proto(graph.without_weights(proto))
+    else:
+        model = graph.load(path, weights=False)
     sites = graph.sites(model)
-    for value in model.graph.initializers.values():
-        value.const_value = None  # the sites keep their graph, which needs no weights any more
     calls = {call.anchor.output: call for call in watch.calls if not call.fused}
     reasons: dict[object, Reason] = {}
     for site in sites:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from helpers import files, graph
@@ -20,10 +21,11 @@ ROUTES = {"torchscript": 17, "dynamo": 18, "opset23": 23}
 
 @dataclass(frozen=True)
 class Export:
-    """One exported file: its route, and what it took and gave."""
+    """One exported file: its route, its graph without large weights, and what it took and gave."""
 
     path: Path
     route: str
+    model: ir.Model
     seconds: float
     nodes: int
     megabytes: float
@@ -75,8 +77,9 @@ def export(
         save = _torchscript if route == "torchscript" else _transformers
         save(model.eval(), dict(inputs), Path(path), ROUTES[route], dynamic)
     seconds = time.perf_counter() - start
-    nodes = sum(graph.counts(graph.load(path, weights=False)).values())
-    return Export(Path(path), route, seconds, nodes, files.size(path) / 1e6)
+    made = graph.load(path, weights=False)
+    nodes = sum(graph.counts(made).values())
+    return Export(Path(path), route, made, seconds, nodes, files.size(path) / 1e6)
 
 
 def _torchscript(

@@ -40,20 +40,21 @@ def session(
     *,
     optimise: bool = True,
     threads: int = 0,
+    spin: bool = False,
     profile_prefix: str = "",
     folder: Path | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU for a model: a file, or bytes with `folder` for its data.
 
     `optimise=False` turns off the fusions that a session makes by itself, so that what runs is what
-    is in the file. `threads` is for one operator; 0 lets the runtime choose. Threads never spin
-    after a run, so that a session does not slow down whatever runs next. With `profile_prefix`,
-    the session writes ONNX Runtime's own profile (JSON, microseconds) under that prefix.
+    is in the file. `threads` is for one operator; 0 lets the runtime choose. Unless they `spin`,
+    they rest after a run, so that a session does not slow down whatever runs next. With
+    `profile_prefix`, the session writes ONNX Runtime's own profile (JSON, microseconds) there.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised: printing them as well only makes noise
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile_prefix:

@@ -74,16 +74,21 @@ def load(path: str | Path, *, weights: bool = True) -> ir.Model:
     if weights:
         model = ir.load(path)
     else:
-        proto = onnx.load(path, load_external_data=False)
-        for tensor in proto.graph.initializer:
-            if len(tensor.raw_data) > 2**16:
-                tensor.ClearField("raw_data")
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                tensor.external_data.add(key="location", value="left out")
-        model = ir.from_proto(proto)
+        model = ir.from_proto(without_weights(onnx.load(path, load_external_data=False)))
     if model.functions:
         passes.InlinePass()(model)
     return model
+
+
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the model in which tensors above 64 KB have no values; `proto` loses them too."""
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) > 2**16:
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="left out")
+    # Protobuf gives memory back with the whole message only.
+    return onnx.ModelProto.FromString(proto.SerializeToString())
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -38,16 +38,6 @@ ODD = f"""{HEAD} (float[n,8] x) => (float[n,8] y)
 ODD_NAME = '/layers.0/"q":\'<&>é中文\a/' + "proj/" * 20 + "Tanh"
 
 
-@pytest.fixture(scope="module")
-def program() -> str:
-    try:
-        return picture.chromium()
-    except BadInput:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip("2026-11-23: no Chromium on this machine; CI installs it and fails without it")
-
-
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
     """A graph with nodes without a name, a number for a name, and a name of odd characters."""
