@@ -17,7 +17,7 @@ from helpers import files
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
-SECONDS, SECONDS_EACH = 100, 2e-6  # likewise, of time
+SECONDS, SECONDS_EACH = 50, 2e-6  # likewise, of time
 
 
 class _Parser(argparse.ArgumentParser):
