@@ -1,5 +1,6 @@
 """What of a graph is shown, the marks, and pictures that Netron draws in Chromium."""
 
+import functools
 import json
 import os
 import re
@@ -428,7 +429,10 @@ def test_one_netron_at_a_time_serves_the_cut_out(tmp_path):
 def test_the_shell_serves_until_it_is_interrupted(tmp_path):
     path = write(tmp_path / "a.onnx")
     command = [sys.executable, "-m", "helpers", "view", str(path), "--around", "n_softmax"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A process that a shell started in the background ignores the signal, and so do its children.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heeds, **pipe) as process:
         try:
             assert "8 nodes of a.onnx" in process.stdout.readline()
             address = process.stdout.readline().split()[0]
