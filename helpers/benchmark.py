@@ -54,25 +54,31 @@ def speedup(reference: np.ndarray, times: np.ndarray) -> Speedup:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one contender showed. Arrays are (rounds,); `relative` are `seconds` over those that the
-    run's reference took in the same round. `peak` is bytes, of its process, loading included.
+    """What one contender showed. `seconds` are (rounds,), and `reference` those of the run's
+    reference in the same rounds. `peak` is bytes, of its process, loading included.
 
     `outputs` are those of its first run, `operators` what its runtime ran, if it tells.
     """
 
     seconds: np.ndarray
-    relative: np.ndarray
     peak: int
     outputs: Mapping[str, np.ndarray]
     operators: Mapping[str, int] | None
+    reference: np.ndarray | float = 1.0
+
+    @property
+    def relative(self) -> np.ndarray:
+        """Its seconds in those of the reference, (rounds,)."""
+        return self.seconds / self.reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What `run` measured on one case: by label, `measured` of who finished, `reasons` of the rest.
 
-    `in_file` has how often each operator occurs in the file of who finished, if it runs one;
-    `conditions` the rounds, inputs, processor, threads and versions, in one line.
+    `in_file` has how often each operator occurs in the file of who finished, if it runs one, and
+    `megabytes` its size on disk; `conditions` the rounds, inputs, processor, threads and versions,
+    in one line.
     """
 
     contenders: tuple[Contender, ...]
@@ -80,6 +86,7 @@ class Result:
     measured: Mapping[str, Measured]
     reasons: Mapping[str, str]
     in_file: Mapping[str, Mapping[str, int]]
+    megabytes: Mapping[str, float]
     conditions: str
 
     @property
@@ -127,7 +134,7 @@ class Result:
 
         speedups, rows = self.speedups(), []
         for contender in self.contenders:
-            one, file = self.measured.get(contender.label), contender.path
+            one = self.measured.get(contender.label)
             median, low, high = speedups.get(contender.label, (np.nan,) * 3)
             difference = self.difference(contender.label)
             ran = sum(one.operators.values()) if one and one.operators else ""
@@ -137,7 +144,7 @@ class Result:
                 "low": low,
                 "high": high,
                 "milliseconds": 1000 * np.median(one.seconds) if one else np.nan,
-                "MB on disk": files.size(file) / 1e6 if one and file else np.nan,
+                "MB on disk": self.megabytes.get(contender.label, np.nan),
                 "MB at most": one.peak / 1e6 if one else np.nan,
                 "difference": "" if np.isnan(difference) else f"{difference:.0e}",
                 "nodes": sum(self.in_file.get(contender.label, {}).values()) or "",
@@ -264,13 +271,14 @@ def run(
             else:  # the times of one group can still be compared with each other
                 reference = 1.0 if len(groups) == 1 else np.nan
             for label, one in found.items():
-                relative = dataclasses.replace(one, relative=one.seconds / reference)
-                measured[case].setdefault(label, relative)
-    counts = {
-        c.label: graph.counts(graph.load(c.path, weights=False))
+                measured[case].setdefault(label, dataclasses.replace(one, reference=reference))
+    ran = {
+        c.label: c.path
         for c in contenders
         if c.path and any(c.label in found for found in measured.values())
     }
+    counts = {label: graph.counts(graph.load(path, weights=False)) for label, path in ran.items()}
+    megabytes = {label: files.size(path) / 1e6 for label, path in ran.items()}
     return {
         case: Result(
             tuple(contenders),
@@ -278,6 +286,7 @@ def run(
             {label: found[label] for label in labels if label in found},
             {label: failed[case][label] for label in labels if label in failed[case]},
             {label: one for label, one in counts.items() if label in found},
+            {label: one for label, one in megabytes.items() if label in found},
             f"{case}: {by_case[case]} rounds of {repeats}, {len(groups)} groups; "
             + ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
             + f"; {_machine(threads)}",
@@ -328,9 +337,8 @@ def _timed(
 
         receive(list(workers))  # they have loaded
         for case, arrays in cases.items():
-            np.savez(folder / "arrays.npz", **arrays)
             for worker in workers.values():  # all together, since this run is not timed
-                worker.send(arrays=str(folder / "arrays.npz"))
+                worker.give(arrays)
             receive(list(workers))
             seconds: dict[str, list[float]] = {label: [] for label in workers}
             for number in range(rounds[case]):
@@ -347,7 +355,6 @@ def _timed(
                 {
                     label: Measured(
                         seconds=np.array(seconds[label]),
-                        relative=np.array(seconds[label]),
                         peak=answers[label]["peak"],
                         outputs=worker.outputs(),
                         operators=answers[label]["operators"],

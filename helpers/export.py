@@ -27,8 +27,12 @@ class Export:
     route: str
     model: ir.Model
     seconds: float
-    nodes: int
     megabytes: float
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes the graph has, those in branches and bodies included."""
+        return sum(graph.counts(self.model).values())
 
 
 @contextlib.contextmanager
@@ -78,8 +82,7 @@ def export(
         save(model.eval(), dict(inputs), Path(path), ROUTES[route], dynamic)
     seconds = time.perf_counter() - start
     made = graph.load(path, weights=False)
-    nodes = sum(graph.counts(made).values())
-    return Export(Path(path), route, made, seconds, nodes, files.size(path) / 1e6)
+    return Export(Path(path), route, made, seconds, files.size(path) / 1e6)
 
 
 def _torchscript(

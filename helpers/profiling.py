@@ -253,8 +253,7 @@ def _asked(
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(factory, arguments, threads, TIMEOUT, Path(folder) / "worker", path)
         with contextlib.closing(worker):
-            np.savez(f"{folder}/arrays.npz", **arrays)
-            worker.send(arrays=f"{folder}/arrays.npz")
+            worker.give(arrays)
             try:
                 worker.receive()  # it has loaded
                 worker.receive()

@@ -206,21 +206,19 @@ def save(
     save_as: str | Path,
     around: str | None = None,
     *,
-    along: Sequence[str] = (),
-    break_at: str | None = None,
-    up: int | None = None,
-    down: int | None = None,
     chromium: str | Path | None = None,
+    **choice: Any,
 ) -> View:
     """Draw what `cut` chooses from the model at `path` to `save_as`, an .svg or .png; returns it.
 
-    Netron draws it, in the `chromium` of this machine (`picture.chromium`), with nothing sent over
-    the network; the nodes named are marked so that no colour is needed. ``str()`` of the result is
-    the picture's text alternative. Raises `files.BadInput`, and then writes nothing.
+    `around` and `choice` are passed to `cut`. Netron draws it, in the `chromium` of this machine
+    (`picture.chromium`), with nothing sent over the network; the nodes named are marked so that no
+    colour is needed. ``str()`` of the result is the picture's text alternative. Raises
+    `files.BadInput`, and then writes nothing.
     """
     program = picture.chromium(chromium)
     with picture.writing(save_as) as draft:
-        shown = cut(path, around, along=along, break_at=break_at, up=up, down=down)
+        shown = cut(path, around, **choice)
         number = {node: i for i, node in enumerate(shown.model.graph)}
         proto = shown.to_proto()
         for i, node in enumerate(proto.graph.node):
@@ -256,20 +254,18 @@ def show(
     path: str | Path,
     around: str | None = None,
     *,
-    along: Sequence[str] = (),
-    break_at: str | None = None,
-    up: int | None = None,
-    down: int | None = None,
     whole: bool = False,
     height: int = 500,
+    **choice: Any,
 ) -> IFrame:
     """A frame with Netron, live, for a notebook cell: what `cut` chooses, or the `whole` graph.
 
-    `height` is in pixels. One Netron at a time: the frame before it stops answering.
+    `around` and `choice` are passed to `cut`, `height` is in pixels. One Netron at a time: the
+    frame before it stops answering.
     """
     from IPython.display import IFrame
 
     shown = None
     if not whole:
-        shown = cut(path, around, along=along, break_at=break_at, up=up, down=down)
+        shown = cut(path, around, **choice)
     return IFrame(serve(path, shown), width="100%", height=height)

@@ -26,7 +26,7 @@ class Failed(Exception):
 class Worker:
     """A contender's own process, started at once; it answers in the order in which it is asked.
 
-    JSON lines go in and out: first what to load, then ``{"arrays": FILE.npz}`` (inputs; it runs
+    JSON lines go in and out: first what to load, then ``{"arrays": FILE.npz}`` (`give`; it runs
     once, keeps the outputs and tells the operators) or ``{"runs": N}`` (it tells the median of
     their seconds). It ends by itself with its standard input. `folder` is its own; `path` is the
     model's file, whose folder is left out of what it says.
@@ -69,6 +69,11 @@ class Worker:
 
     def send(self, **message: Any) -> None:
         self._write(json.dumps(message))
+
+    def give(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Have it run once on `arrays`, the model's inputs by name, which later runs take too."""
+        np.savez(self.folder / "arrays.npz", **arrays)
+        self.send(arrays=str(self.folder / "arrays.npz"))
 
     def receive(self) -> dict[str, Any]:
         """The next answer; raises `Failed` where there is none."""

@@ -91,11 +91,11 @@ def result(seconds: dict[str, list[float]], reasons: dict[str, str] | None = Non
     first = next(iter(seconds))
     measured = {
         label: benchmark.Measured(
-            np.array(values), np.divide(values, seconds[first]), 3_000_000, {}, None
+            np.array(values), 3_000_000, {}, None, reference=np.array(seconds[first])
         )
         for label, values in seconds.items()
     }
-    return benchmark.Result(took_part, took_part[0].label, measured, reasons or {}, {}, "here")
+    return benchmark.Result(took_part, took_part[0].label, measured, reasons or {}, {}, {}, "here")
 
 
 def test_speedup_is_paired_by_round():
@@ -157,7 +157,7 @@ def test_groups_keep_few_in_memory_and_share_the_reference(tmp_path):
 
 def test_speedups_of_two_groups_go_through_the_reference():
     answer = result({"a": [1.0, 2.0], "b": [0.5, 1.0]})
-    slower = benchmark.Measured(np.array([5.0, 5.0]), np.array([0.25, 0.25]), 0, {}, None)
+    slower = benchmark.Measured(np.array([5.0, 5.0]), 0, {}, None, reference=20.0)
     answer = dataclasses.replace(answer, measured={**answer.measured, "c": slower})
     assert answer.speedups()["c"].median == 4
     assert answer.against("b").speedups()["c"].median == 2
@@ -266,7 +266,7 @@ def test_difference_operators_and_memory(tiny, tmp_path):
 
 def test_difference_of_other_outputs():
     def one(**outputs):
-        return benchmark.Measured(np.ones(1), np.ones(1), 1, outputs, None)
+        return benchmark.Measured(np.ones(1), 1, outputs, None)
 
     answer = result({"eager": [1.0], "ours": [1.0]})
     cases = [
