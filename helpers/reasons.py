@@ -1,0 +1,179 @@
+"""What `explain` and `rules` answer: attention sites, why those not fused were not, as text and JSON.
+
+Nodes are named as they are in the input file, so that they can be searched for in Netron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The cause classes of a reason, and what a reader is told.
+CAUSES = {
+    "extra_node": "a node that the pattern does not have",
+    "missing_node": "a node of the pattern is not there",
+    "other_operator": "another operator than the pattern has",
+    "operand_order": "operands in another order",
+    "constant": "a constant that is no initializer, or has another value",
+    "missing_anchor": "the node to start from is not there, since an earlier fusion did not fire",
+    "used_elsewhere": "a node's output is used elsewhere",
+    "symbolic_dimension": "a symbolic dimension that was not unified",
+    "shape_inference": "shape inference failed",
+    "unsupported_form": "a form of attention that it does not know",
+    "raised": "its own code failed",
+    "other_check": "another check of its code",
+}
+
+
+class Node(NamedTuple):
+    """A node as it was when a fusion looked at it. `name` is what to search for in the file: the
+    node's, or, for one that the optimizer made itself, its first output's."""
+
+    operator: str
+    name: str
+    output: str
+
+
+@dataclass
+class Attempt:
+    """One path that a fusion asked for, from the node `start` up against the arrows.
+
+    `expected[i]` is the operator wanted next, by input `inputs[i]` of the node before it (None: any
+    input). `matched` are the nodes found so far. Where the path broke, `at` is the last node that
+    matched and `found` the nodes that are there instead of ``expected[len(matched)]``: one, none
+    (an initializer or an input of the graph is there), or two at the most where any input would do.
+    """
+
+    start: Node
+    expected: list[str]
+    inputs: list[int | None]
+    variable: str | None = None  # what the fusion's code calls the result; of a rule, its name
+    matched: list[Node] = field(default_factory=list)
+    found: list[Node] = field(default_factory=list)
+
+    @property
+    def broke(self) -> bool:
+        return len(self.matched) < len(self.expected)
+
+    @property
+    def at(self) -> Node:
+        return self.matched[-1] if self.matched else self.start
+
+    def to_json(self) -> dict[str, Any]:
+        names, broke, reached = [one.name for one in self.found], self.broke, len(self.matched)
+        operators = [one.operator for one in self.found]
+        return {
+            "variable": self.variable,
+            "start": self.start.name,
+            "expected": self.expected,
+            "inputs": self.inputs,
+            "matched": reached,
+            "at": self.at.name,
+            "input": self.inputs[reached] if broke else None,
+            "expected_op": self.expected[reached] if broke else None,
+            "found_op": _one(operators),
+            "found": _one(names),
+        }
+
+
+def _one(things: list[str]) -> str | list[str] | None:
+    return (things[0] if len(things) == 1 else things) if things else None
+
+
+@dataclass
+class Check:
+    """A test in a fusion's code that said no: its `source`, and the value of each of `operands`, by
+    the expression that the code has for it. Nodes are written "Operator name (inputs) -> outputs".
+    """
+
+    source: str
+    operands: dict[str, str]
+
+
+@dataclass
+class Reason:
+    """Why sites were not fused; it is the same for all of `sites` (numbers in Explanation.sites).
+
+    `kind` is "path" (the `attempt` did not match), "check" (another test said no), "raised" (the
+    code failed with `message`), "end" (`fuse` fell off its end) or "none" (nothing was tried).
+    `file`, `line` and `source` are where the code gave up; `within` where a function that it had
+    called did so before, innermost last. `actual` is the path that is there: operators and inputs.
+    """
+
+    fusion: str | None
+    kind: str
+    cause: str
+    sites: list[int] = field(default_factory=list)
+    file: str | None = None
+    line: int | None = None
+    source: str | None = None
+    within: list[str] = field(default_factory=list)
+    anchor: Node | None = None
+    attempt: Attempt | None = None
+    check: Check | None = None
+    none: list[str] = field(default_factory=list)
+    actual: tuple[list[str], list[int]] | None = None
+    origin: str | None = None  # where the node that is there came from in PyTorch
+    shape: str | None = None  # of what the node that is there computes
+    message: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)  # all that were tried, best first
+    earlier: Reason | None = None  # of a missing anchor: why what would have made it did not
+
+    def to_json(self, number: int | None = None) -> dict[str, Any]:
+        broken = self.attempt.to_json() if self.attempt else {}
+        fields = ("expected", "inputs", "matched", "at", "input", "expected_op", "found_op")
+        return {
+            "id": number,
+            "sites": len(self.sites),
+            "fusion": self.fusion,
+            "kind": self.kind,
+            "file": self.file,
+            "line": self.line,
+            "source": self.source,
+            "within": self.within,
+            "anchor": self.anchor.name if self.anchor else None,
+            "cause": self.cause,
+            **{name: broken.get(name) for name in (*fields, "found")},
+            "none": self.none,
+            "check": dataclasses.asdict(self.check) if self.check else None,
+            "origin": self.origin,
+            "shape": self.shape,
+            "actual_path": self.actual
+            and dict(zip(("operators", "inputs"), self.actual, strict=True)),
+            "message": self.message,
+            "attempts": [attempt.to_json() for attempt in self.attempts],
+            "earlier": self.earlier.to_json() if self.earlier else None,
+        }
+
+
+@dataclass
+class Verdict:
+    """What became of one attention site of the input file; `name` is that of its Softmax, or of the
+    operator that it already was. `reason` is a number in Explanation.reasons, of an unfused one."""
+
+    name: str
+    layer: str | None
+    fused: bool
+    wrong: bool = False
+    reason: int | None = None
+
+
+@dataclass
+class Explanation:
+    """What became of each site of a graph, and why; ``str()`` of it is the text for a terminal."""
+
+    optimizer: str
+    sites: list[Verdict]
+    reasons: list[Reason]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "reasons": [reason.to_json(i) for i, reason in enumerate(self.reasons)],
+        }
