@@ -68,6 +68,26 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if report.held else FAILED, report.to_json(), str(report)
 
 
+def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    path = files.check(arguments.model)
+    if arguments.rules:
+        from helpers import rules
+
+        found = rules.explain(path, None if arguments.rules == "onnxscript" else arguments.rules)
+    else:
+        from helpers import explain
+
+        names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
+        choice = {name: getattr(arguments, name) for name in names}
+        level, parity = arguments.opt_level, arguments.parity
+        found = explain.explain(path, opt_level=level, parity=parity, **choice)
+        if arguments.what_if:
+            levels = [one for one in explain.LEVELS if one != level]
+            found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+    status = FAILED if found.parity and not found.parity.held else DONE
+    return status, found.to_json(), f"{arguments.model}\n{found}"
+
+
 def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import view
 
@@ -102,6 +122,20 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("models", type=Path, nargs="+", metavar="MODEL.onnx")
     compare.add_argument(
         "--inputs", type=Path, metavar="FEEDS.npz", help="one array for each input"
+    )
+    explain = add("explain", _explain, "why a fusion did not match, site by site")
+    explain.add_argument("model", type=Path, metavar="MODEL.onnx")
+    which = explain.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model-type", metavar="TYPE", help="of ONNX Runtime's optimizer: bert, …")
+    which.add_argument("--fusion", metavar="FILE.py:CLASS", help="a Fusion or OnnxModel of yours")
+    which.add_argument("--rules", metavar="onnxscript", help="or FILE.py:CLASS, a rewrite rule")
+    explain.add_argument("--num-heads", type=int, default=0, metavar="N")
+    explain.add_argument("--hidden-size", type=int, default=0, metavar="N")
+    explain.add_argument("--opt-level", type=int, choices=(0, 1, 2, 99))
+    explain.add_argument("--parity", action="store_true", help="say which sites fused wrong, too")
+    explain.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+    explain.add_argument(
+        "--what-if", action="store_true", help="the same at the other levels, each compared"
     )
     view = add("view", _view, "Netron on the part of a model that matters, live or as a picture")
     view.add_argument("model", type=Path, metavar="MODEL.onnx")

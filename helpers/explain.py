@@ -1,446 +1,502 @@
-"""Why a fusion did not match: watch ONNX Runtime's optimizer at work, without a debugger.
+"""Why a fusion did not match: run ONNX Runtime's optimizer on a model, and say what it missed.
 
-Its fusions are Python: `fuse` starts from an anchor (a LayerNormalization, say), asks
-``match_parent_path`` for one path after another, and returns at the first thing that it misses. A
-trace function (`sys.settrace`) sees each of these calls come and go. Nothing is patched or forked.
+The optimizer is that of the package, or a reader's own fusion in its place, unchanged; `watch`
+records what its fusions ask for and `source` reads why they returned.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
+import contextlib
+import dataclasses
 import gc
-import heapq
+import importlib.util
 import inspect
-import linecache
 import sys
-import textwrap
+import tempfile
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 
-from helpers import files, graph
+from helpers import align, feeds, files, graph, source, wrong
+from helpers.quiet import quiet
+from helpers.reasons import Check, Explanation, Reason, Verdict
+from helpers.watch import NORMALIZATIONS, Call, Watch
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-class Node(NamedTuple):
-    """A node as it was when a fusion looked at it. `name` is what to search for in the file: the
-    node's, or, for one that the optimizer made itself, its first output's."""
-
-    operator: str
-    name: str
-    output: str
-
-
-@dataclass
-class Attempt:
-    """One path that a fusion asked for, from the node `start` up against the arrows.
-
-    `expected[i]` is the operator wanted next, by input `inputs[i]` of the node before it (None: any
-    input). `matched` are the nodes found so far. Where the path broke, `at` is the last node that
-    matched and `found` the node that is there instead of `expected[len(matched)]`.
-    """
-
-    start: Node
-    expected: list[str]
-    inputs: list[int | None]
-    variable: str | None  # what the fusion's code calls the result
-    matched: list[Node] = field(default_factory=list)
-    found: Node | None = None
-
-    @property
-    def broke(self) -> bool:
-        return len(self.matched) < len(self.expected)
-
-    @property
-    def at(self) -> Node:
-        return self.matched[-1] if self.matched else self.start
-
-    def __str__(self) -> str:
-        """The path read backwards: one line for each step, and where it broke."""
-        lines = [f"  start      {self.start.operator:<12} {self.start.name}"]
-        for i, (operator, index) in enumerate(zip(self.expected, self.inputs, strict=True)):
-            edge = "any input" if index is None else f"input {index}"
-            if i < len(self.matched):
-                lines.append(f"  {edge:<10} {operator:<12} {self.matched[i].name}")
-                continue
-            there = f"{self.found.operator} {self.found.name}" if self.found else "no node"
-            lines.append(f"  {edge:<10} {operator:<12} ✗ the graph has {there}")
-            break
-        return "\n".join(lines)
-
-
-@dataclass
-class Call:
-    """One call of a fusion's `fuse`: its anchor, what it asked for, and how it ended."""
-
-    fusion: str
-    anchor: Node
-    attempts: list[Attempt] = field(default_factory=list)
-    fused: bool = False
-    file: str = ""
-    line: int = 0
-    source: str = ""  # the line that returned
-    broken: list[Attempt] = field(default_factory=list)  # the failed ones that made it return
-    actual: tuple[list[str], list[int]] | None = None  # the path there is: operators, inputs
-
-    @property
-    def culprit(self) -> Attempt | None:
-        """Of `broken`, the attempt that got furthest (the first of those)."""
-        return max(self.broken, key=lambda attempt: len(attempt.matched), default=None)
-
-    @property
-    def none(self) -> list[str]:
-        """The local variables that the failed matches left None."""
-        return list(dict.fromkeys(one.variable for one in self.broken if one.variable))
-
-
-_NO_ANCHOR = "no anchor of a fusion for attention comes after them"
-
-
-def _count(things: list, what: str) -> str:
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
-
-
-@dataclass
-class Reason:
-    """Why sites were not fused: the same for each of `sites`; `call` is that of the first.
-
-    Without a call, no fusion for attention was started from a node after the site, or the
-    optimizer's own code raised `error` before.
-    """
-
-    sites: list[graph.Site]
-    call: Call | None = None
-    error: str | None = None
-
-    def __str__(self) -> str:
-        if self.call is None:
-            why = f"the optimizer's own code raised {self.error}" if self.error else _NO_ANCHOR
-            return f"{_count(self.sites, 'site')}: {why}"
-        call, attempt = self.call, self.call.culprit
-        lines = [
-            f"{_count(self.sites, 'site')}: {call.fusion} gave up at {call.file}:{call.line}"
-            f" ({call.source}), started from {call.anchor.operator} {call.anchor.name}"
-        ]
-        if attempt:
-            lines += [f"  left None: {', '.join(call.none)}", str(attempt)]
-        if call.actual:
-            lines.append(f"  the path there is: {call.actual[0]}, {call.actual[1]}")
-        return "\n".join(lines)
-
-
-@dataclass
-class Explanation:
-    """What `explain` found. `calls` are those of the fusions for attention, in order."""
-
-    optimizer: str
-    sites: list[graph.Site]  # of the optimised graph
-    calls: list[Call]
-    reasons: list[Reason]
-
-    def __str__(self) -> str:
-        fused = sum(site.fused for site in self.sites)
-        verdict = f"{self.optimizer}: {_count(self.sites, 'site')}, {fused} fused"
-        reasons = _count(self.reasons, "reason")
-        return "\n".join([f"{verdict}, {reasons}", *map(str, self.reasons)])
-
-    def table(self, call: Call | None = None) -> pd.DataFrame:
-        """The paths that `call` (by default the first reason's) asked for, one a row."""
-        import pandas as pd
-
-        call = call or self.reasons[0].call
-        return pd.DataFrame(
-            {
-                "variable": attempt.variable,
-                "start": attempt.start.operator,
-                "expected": " ← ".join(attempt.expected),
-                "inputs": attempt.inputs,
-                "matched": f"{len(attempt.matched)} of {len(attempt.expected)}",
-                "found": attempt.found.operator if attempt.found else "",
-            }
-            for attempt in call.attempts
-        )
-
-
-class Watch:
-    """Record every `fuse` of a fusion for attention in a ``with`` block, and what it asked for.
-
-    `optimizer` is the class that runs (its own ``match_parent_path`` is watched: the package has
-    two copies of ``OnnxModel``), and `names` are the nodes that the file has.
-    """
-
-    def __init__(self, optimizer: type, names: set[str]) -> None:
-        self.calls: list[Call] = []
-        self._names = names
-        self._path_code = optimizer.match_parent_path.__code__
-        self._step_code = optimizer.match_parent.__code__
-        self._open: list[tuple[FrameType, Call]] = []
-        self._attempt: Attempt | None = None  # the path that is being matched
-
-    def __enter__(self) -> Watch:
-        self._fusion = sys.modules["fusion_base"].Fusion  # by the name that the fusions import
-        self._apply = apply = self._fusion.apply
-
-        def traced(fusion: Any) -> None:
-            """Trace this fusion alone: under a trace, all the rest takes half as long again."""
-            before = sys.gettrace()
-            sys.settrace(self._called if self._is_ours(fusion) else before)
-            try:
-                apply(fusion)
-            finally:
-                sys.settrace(before)
-
-        self._fusion.apply = traced
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._fusion.apply = self._apply
-
-    @staticmethod
-    def _is_ours(fusion: object) -> bool:
-        return "Attention" in getattr(fusion, "fused_op_type", "")
-
-    def _node(self, proto: onnx.NodeProto) -> Node:
-        name = proto.name if proto.name in self._names else proto.output[0]
-        return Node(proto.op_type, name, proto.output[0])
-
-    def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
-        code = frame.f_code  # f_locals is dear, and most calls are none of ours
-        if code.co_name != "fuse" and code is not self._path_code and code is not self._step_code:
-            return None
-        local = frame.f_locals
-        if code.co_name == "fuse":
-            fusion = local.get("self")
-            if not self._is_ours(fusion):
-                return None
-            anchor = self._node(local[code.co_varnames[1]])
-            self.calls.append(Call(type(fusion).__name__, anchor, file=code.co_filename))
-            self._open.append((frame, self.calls[-1]))
-            return self._watching(frame, functools.partial(self._fused, len(fusion.nodes_to_add)))
-        if code is self._path_code and self._open:
-            inputs = local["parent_input_index"]
-            wanted = list(local["parent_op_types"])
-            inputs = [None] * len(wanted) if inputs is None else list(inputs)
-            self._attempt = self._start(frame, wanted, inputs)
-            return self._watching(frame, self._path_returned)
-        if code is self._step_code and self._open:
-            if self._attempt is None:  # asked for by itself: a path of one step
-                self._start(frame, [local["parent_op_type"]], [local["input_index"]])
-            return self._watching(frame, self._step_returned)
-        return None
-
-    def _start(self, frame: FrameType, wanted: list[str], inputs: list[int | None]) -> Attempt:
-        fusion, call = self._open[-1]
-        assigned = _code(fusion.f_code).assigned
-        variable = next((v for lines, v in assigned if fusion.f_lineno in lines), None)
-        call.attempts.append(Attempt(self._node(frame.f_locals["node"]), wanted, inputs, variable))
-        return call.attempts[-1]
-
-    @staticmethod
-    def _watching(frame: FrameType, returned: Callable) -> Callable:
-        frame.f_trace_lines = False
-
-        def local(frame: FrameType, event: str, value: Any) -> Callable:
-            if event == "return":
-                returned(frame, value)
-            return local
-
-        return local
-
-    def _fused(self, before: int, frame: FrameType, _value: Any) -> None:
-        call = self._open.pop()[1]
-        call.line = frame.f_lineno
-        call.fused = len(frame.f_locals["self"].nodes_to_add) > before
-        call.source = linecache.getline(call.file, call.line).strip()
-        if not call.fused:
-            call.broken = _broken(call, _code(frame.f_code))
-        if call.culprit:
-            made = frame.f_locals[frame.f_code.co_varnames[3]]
-            call.actual = _aligned(call.culprit, made)
-
-    def _path_returned(self, _frame: FrameType, _value: Any) -> None:
-        self._attempt = None
-
-    def _step_returned(self, frame: FrameType, value: Any) -> None:
-        attempt = self._attempt or self._open[-1][1].attempts[-1]
-        if value is not None:
-            attempt.matched.append(self._node(value))
-            return
-        local = frame.f_locals
-        node, index = local["node"], local["input_index"]
-        made = local["output_name_to_node"] or local["self"].output_name_to_node()
-        names = node.input if index is None else node.input[index : index + 1]
-        found = next((made[name] for name in names if name in made), None)
-        attempt.found = self._node(found) if found is not None else None
-
-
-class _Code(NamedTuple):
-    """What a function's source tells: which lines assign to which variable, and for each `if` with
-    its `elif`s, the lines of its branches and the names that its tests read."""
-
-    assigned: list[tuple[range, str]]
-    tested: list[tuple[range, set[str]]]
-
-
-@functools.cache
-def _code(code: CodeType) -> _Code:
-    lines, start = inspect.getsourcelines(code)
-    tree = ast.parse(textwrap.dedent("".join(lines)))
-    assigned, tested, elifs = [], [], set()
-    for node in ast.walk(tree):  # an `if` before its `elif`s
-        span = range(getattr(node, "lineno", 0) + start - 1, getattr(node, "end_lineno", 0) + start)
-        if isinstance(node, ast.Assign):
-            target = node.targets[0]
-            if isinstance(target, ast.Tuple) and len(target.elts) == 3:
-                target = target.elts[1]  # match_parent_paths returns which, the nodes, the inputs
-            if isinstance(target, ast.Name):
-                assigned.append((span, target.id))
-        if isinstance(node, ast.If) and node not in elifs:
-            names, branch = set(), [node]
-            while len(branch) == 1 and isinstance(branch[0], ast.If):
-                elifs.add(branch[0])
-                names |= {n.id for n in ast.walk(branch[0].test) if isinstance(n, ast.Name)}
-                branch = branch[0].orelse
-            tested.append((span, names))
-    return _Code(assigned, tested)
-
-
-def _broken(call: Call, code: _Code) -> list[Attempt]:
-    """The failed attempts that made `fuse` return: those whose results the `if` around the return
-    reads, and else the last ones that started from one node."""
-    spans = [(len(span), names) for span, names in code.tested if call.line in span]
-    names = min(spans, key=lambda one: one[0])[1] if spans else set()
-    failed = [attempt for attempt in call.attempts if attempt.broke]
-    if failed and failed[-1].variable in names:
-        return [attempt for attempt in failed if attempt.variable in names]
-    last: list[Attempt] = []
-    for attempt in reversed(call.attempts):
-        if not attempt.broke or (last and attempt.start != last[0].start):
-            break
-        last.insert(0, attempt)
-    return last
-
-
-def _aligned(
-    attempt: Attempt, made: dict[str, onnx.NodeProto]
-) -> tuple[list[str], list[int]] | None:
-    """The path that the graph has from the attempt's start, through what matched, to an operator of
-    the kind wanted last: operators and inputs, or None where none is near.
-
-    Of all such paths the one that needs fewest changes of what was expected: an operator more costs
-    1, one less costs 1, another input than expected a little (Dijkstra on the edit distance).
-    """
-    matched, wanted = len(attempt.matched), attempt.expected
-    fixed = [one.output for one in attempt.matched]
-    queue: list[tuple[float, int, int, str, tuple]] = [(0, 0, 0, attempt.start.output, ())]
-    seen, tie = set(), 0
-    while queue and tie < 20_000:
-        cost, _, reached, output, path = heapq.heappop(queue)
-        if reached == len(wanted) and path and path[-1][0] == wanted[-1]:
-            return [operator for operator, _ in path], [index for _, index in path]
-        if (output, reached) in seen or cost > len(wanted) + 3:
-            continue
-        seen.add((output, reached))
-        if matched <= reached < len(wanted) - 1:  # the graph does without this operator
-            tie += 1
-            heapq.heappush(queue, (cost + 1, tie, reached + 1, output, path))
-        for index, name in enumerate(made[output].input if output in made else ()):
-            above = made.get(name)
-            if above is None or (reached < matched and above.output[0] != fixed[reached]):
-                continue
-            same = reached < len(wanted) and above.op_type == wanted[reached]
-            edge = attempt.inputs[reached] if reached < len(wanted) else None
-            dear = 0.1 if edge not in (None, index) else 0
-            tie += 1
-            step = (cost + dear + (not same), tie, reached + same, above.output[0])
-            heapq.heappush(queue, (*step, (*path, (above.op_type, index))))
-    return None
-
-
-def _anchored(site: graph.Site, calls: dict[str, Call]) -> Call | None:
-    """The call of `fuse` whose anchor is the first downstream of `site`."""
-    queue, seen = deque([site.node]), {site.node}
-    while queue:
-        node = queue.popleft()
-        for value in node.outputs:
-            if value.name in calls:
-                return calls[value.name]
-            for user in value.consumers():
-                if user not in seen:
-                    seen.add(user)
-                    queue.append(user)
-    return None
+LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
 
 
 def explain(
     path: str | Path,
-    model_type: str,
+    model_type: str | None = None,
     *,
+    fusion: str | type | None = None,
     num_heads: int = 0,
     hidden_size: int = 0,
     opt_level: int | None = None,
     options: Any = None,
     save: str | Path | None = None,
+    parity: bool = False,
+    inputs: str | Path | None = None,
 ) -> Explanation:
     """Run ``onnxruntime.transformers.optimizer`` on the file at `path`, and say what it missed.
 
-    `model_type` is a key of its MODEL_TYPES, or of one that was registered there; `num_heads`,
-    `hidden_size`, `opt_level` and `options` (its FusionOptions) are passed on (0, and None: the
-    optimizer's own choice). What it makes is written to `save`. Raises `files.BadInput` on an
-    unknown `model_type`, or a hidden size that is no multiple of the heads. What the optimizer's
-    code raises becomes a reason.
+    `model_type` is a key of its MODEL_TYPES, or of one that was registered there; or `fusion` is a
+    subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
+    class or "FILE.py:CLASS". `num_heads`, `hidden_size`, `opt_level` and `options` (FusionOptions)
+    are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`.
+    What the optimizer's code raises becomes a reason.
+
+    With `parity`, what it makes is compared with the file, on `inputs` (an .npz) or inferred ones,
+    and sites that fused and compute something else are marked `wrong`.
+
+    Raises `files.BadInput` on an unknown `model_type`, a `fusion` that is none, a hidden size that
+    is no multiple of the heads, and inputs that do not fit or cannot be inferred.
     """
-    from onnxruntime.transformers import optimizer
-
-    from helpers.export import quiet
-
-    if model_type not in optimizer.MODEL_TYPES:
-        known = ", ".join(sorted(optimizer.MODEL_TYPES))
-        raise files.BadInput(f"model type {model_type}: expected one of {known}")
     if num_heads and hidden_size % num_heads:
         raise files.BadInput(
             f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
         )
-    class_ = optimizer.MODEL_TYPES[model_type][0]
-    names = {node.name for node in onnx.load(path, load_external_data=False).graph.node}
-    proto = error = None
-    with quiet(), Watch(class_, names) as watch:
+    cases = None
+    if parity:
+        cases = feeds.load(inputs, path) if inputs else feeds.infer(path)
+    before = onnx.load(path, load_external_data=False)
+    in_functions = bool(before.functions)
+    names, tensors = _names(before.graph)
+    model = graph.inline(ir.from_proto(graph.without_weights(before)))
+    del before
+    with (
+        _registered(model_type, fusion) as (name, class_, also),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        watch = Watch([class_], names, tensors, _conclude, also)
+        draft = Path(folder) / "optimised.onnx" if parity else None
+        choice = (num_heads, hidden_size, options, opt_level)
+        made = _optimised(path, name, watch, save, draft, *choice)
+        sites = graph.sites(model)
+        if isinstance(made, Reason):
+            verdicts, reasons = _stopped(sites, made)
+        else:
+            left = {site.node.outputs[0].name for site in made if not site.fused}
+            verdicts, reasons = _verdicts(sites, left, watch, in_functions)
+        answer = Explanation(class_.__name__, verdicts, reasons)
+        if cases and not isinstance(made, Reason):
+            answer.parity, found = wrong.find(path, draft, *cases)
+            answer.parity.name = "what the optimizer makes"
+            for site in found:
+                verdicts[site].wrong = verdicts[site].fused
+    for reason in reasons:
+        _locate(reason, model)
+    return answer
+
+
+def _stopped(sites: list[graph.Site], reason: Reason) -> tuple[list[Verdict], list[Reason]]:
+    """Nothing was made, for `reason`."""
+    reason.sites = [i for i, site in enumerate(sites) if not site.fused]
+    verdicts = [Verdict(s.name, s.layer, s.fused, reason=None if s.fused else 0) for s in sites]
+    return verdicts, [reason] if reason.sites else []
+
+
+def _names(inside: onnx.GraphProto) -> tuple[set[str], set[str]]:
+    """The names of the nodes and of the tensors in a graph and in those inside of it."""
+    names = {node.name for node in inside.node}
+    tensors = {name for node in inside.node for name in node.output if name}
+    tensors |= {one.name for one in (*inside.input, *inside.initializer)}
+    for node in inside.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                more = _names(inner)
+                names |= more[0]
+                tensors |= more[1]
+    return names - {""}, tensors
+
+
+def _optimised(
+    path: str | Path,
+    name: str,
+    watch: Watch,
+    save: str | Path | None,
+    draft: Path | None,
+    *choice: Any,
+) -> list[graph.Site] | Reason:
+    """The sites of what the optimizer makes, or what it raised. It is written to `save`, if it can
+    be run, and to `draft` even if not."""
+    from onnxruntime.transformers import optimizer
+
+    with quiet():
+        ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
         try:
-            made = optimizer.optimize_model(
-                str(path), model_type, num_heads, hidden_size, options, opt_level
+            with watch:
+                made = optimizer.optimize_model(str(path), name, *choice)
+        except Exception as error:  # any: the code is not ours, and that it raised is the answer
+            return _raised(watch, error)
+        finally:
+            ort.set_default_logger_severity(2)  # the default
+            gc.collect()  # the optimizer leaves temporary folders behind, with a warning
+        weights = sum(len(one.raw_data) for one in made.model.graph.initializer)
+        if save:
+            with files.writing(save) as checked:
+                made.save_model_to_file(str(checked), weights > files.ONE_FILE)
+        if draft:
+            made.save_model_to_file(str(draft), weights > files.ONE_FILE)
+        return graph.sites(ir.from_proto(graph.without_weights(made.model)))
+
+
+def what_if(
+    paths: Mapping[str, str | Path] | str | Path,
+    model_type: str | None = None,
+    *,
+    opt_levels: Iterable[int] = LEVELS,
+    **choice: Any,
+) -> list[dict[str, Any]]:
+    """`explain` each of `paths` (one, or by label: other routes, say) at each of `opt_levels`.
+
+    Rows for a table: the file's label, level, sites, how many fused, whether the result is right
+    (None: there is none, or nothing fused), and the causes of the sites left. `choice` is passed to
+    `explain`.
+    """
+    named = paths if isinstance(paths, Mapping) else {Path(paths).name: paths}
+    rows = []
+    for label, path in named.items():
+        for level in opt_levels:
+            print(f"{label} at opt_level {level} …", file=sys.stderr)
+            found = explain(path, model_type, opt_level=level, parity=True, **choice)
+            fused = sum(site.fused for site in found.sites)
+            rows.append(
+                {
+                    "file": label,
+                    "opt_level": level,
+                    "sites": len(found.sites),
+                    "fused": fused,
+                    "held": found.parity.held if found.parity else None,
+                    "causes": ", ".join(dict.fromkeys(one.cause for one in found.reasons)),
+                }
             )
-            proto = made.model
-        except Exception as raised:  # any: the code is not ours, and that it raised is the answer
-            where = traceback.extract_tb(raised.__traceback__)[-1]
-            error = f"{type(raised).__name__} ({raised}) at {PurePath(where.filename).name}"
-            error += f":{where.lineno} ({where.line})"
-        if save and proto:
-            with files.writing(save) as draft:
-                made.save_model_to_file(str(draft))
-        gc.collect()  # the optimizer leaves temporary folders behind, with a warning
-    if proto:  # the sites keep their graph, which needs no weights
-        model = ir.from_proto(graph.without_weights(proto))
+    return rows
+
+
+# ── Whose fusion ────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _registered(
+    model_type: str | None, fusion: str | type | None
+) -> Iterator[tuple[str, type, tuple[type, ...]]]:
+    """The key of MODEL_TYPES to run, its class, and the fusions to watch besides those known."""
+    from onnxruntime.transformers import optimizer
+
+    types = optimizer.MODEL_TYPES
+    if fusion is None:
+        if model_type not in types:
+            known = ", ".join(sorted(types))
+            raise files.BadInput(f"model type {model_type}: expected one of {known}")
+        yield model_type, types[model_type][0], ()
+        return
+    class_ = _loaded(fusion) if isinstance(fusion, str) else fusion
+    bases = {base.__name__ for base in class_.__mro__[1:]}
+    if "OnnxModel" in bases:
+        optimizer_class, also = class_, ()
+    elif "Fusion" in bases:
+        optimizer_class, also = _in_bert(class_, types["bert"][0]), (class_,)
     else:
-        model = graph.load(path, weights=False)
-    sites = graph.sites(model)
-    calls = {call.anchor.output: call for call in watch.calls if not call.fused}
+        raise files.BadInput(
+            f"{fusion}: expected a subclass of onnxruntime.transformers' Fusion or OnnxModel,"
+            f" found {class_.__name__} of {', '.join(sorted(bases)) or 'nothing'}; name another"
+        )
+    key = f"{class_.__name__} {id(class_)}"
+    types[key] = (optimizer_class, "pytorch", types["bert"][2])
+    try:
+        yield key, optimizer_class, also
+    finally:
+        del types[key]
+
+
+def _in_bert(fusion: type, bert: type) -> type:
+    """BERT's optimizer with `fusion` in the place of its attention fusion."""
+
+    def fuse_attention(self: Any) -> None:
+        given = {
+            "model": self,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "attention_mask": self.attention_mask,
+        }
+        wanted = inspect.signature(fusion).parameters
+        fusion(**{name: value for name, value in given.items() if name in wanted}).apply()
+
+    return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
+
+
+def _loaded(named: str) -> type:
+    """The class that "FILE.py:CLASS" names."""
+    file, _, name = named.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise files.BadInput(
+            f"{named}: expected FILE.py:CLASS, found no file {file or named}; check the path"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no Python file; name one")
+    module = importlib.util.module_from_spec(spec)
+    import onnxruntime.transformers.optimizer  # noqa: F401  its folder is on sys.path from then on
+
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the reader's own code
+        raise files.BadInput(
+            f"{path}: expected a module that can be imported, found {type(error).__name__}:"
+            f" {error}; mend it"
+        ) from None
+    class_ = getattr(module, name, None)
+    if not isinstance(class_, type):
+        own = [key for key, one in vars(module).items() if inspect.isclass(one)]
+        raise files.BadInput(
+            f"{path}: expected a class {name}, found {', '.join(own) or 'none'}; name one of them"
+        )
+    return class_
+
+
+# ── Why a call of `fuse` gave up ────────────────────────────────────────────────────────────────
+
+
+def _conclude(watch: Watch, call: Call) -> Reason:
+    """The reason that `call` gives for not having fused; asked for as soon as it has returned."""
+    write = source.writer(call.made, watch.node)
+    gave = source.gave_up(call.step, write)
+    reason = Reason(
+        type(call.fusion).__name__,
+        "end" if gave.end else "path" if gave.broken else "check",
+        "other_check",
+        file=_file(call.step.code.co_filename),
+        line=gave.line,
+        source=gave.source,
+        within=gave.within,
+        anchor=call.anchor,
+        none=gave.none,
+    )
+    if gave.broken:
+        near = {id(one): align.nearest(one, call.made) for one in gave.broken}
+        ranked = sorted(gave.broken, key=lambda one: align.rank(one, near[id(one)]))
+        reason.attempt = ranked[0]
+        reason.actual = align.path(near[id(ranked[0])])
+        reason.cause = align.cause(ranked[0], near[id(ranked[0])], call.made)
+        reason.attempt.found = align.unvisited(reason.attempt, call.attempts)
+    else:
+        ranked = []
+        reason.cause = _check_cause(gave, call.made)
+    if not gave.broken or gave.end:
+        reason.check = Check(gave.test or gave.source, gave.operands)
+    if reason.check and "num_heads" in reason.check.source:
+        reason.message = "give the number of heads and the hidden size, if you have not"
+    rest = [one for one in call.attempts if one.broke and one not in ranked]
+    reason.attempts = [*ranked, *sorted(rest, key=lambda one: -len(one.matched))]
+    return reason
+
+
+_SHAPES = {"get_edge_shape", "compare_shape", "infer_runtime_shape", "get_shape", "get_add_qk_str"}
+_CONSTANTS = {
+    *("get_constant_value", "get_constant_input", "get_initializer", "find_constant_input"),
+    *("has_constant_input", "is_constant_with_specified_dimension", "check_node_input_value"),
+    *("check_node_attribute", "to_array", "get_node_attribute"),
+}
+_CONSUMERS = {"get_children", "is_safe_to_fuse_nodes", "find_graph_output"}
+
+
+def _check_cause(gave: source.GaveUp, made: dict[str, onnx.NodeProto]) -> str:
+    """The class of a check that said no, by what it asked for and about what."""
+    tensors = [one for one in gave.values if isinstance(one, str)]
+    lists = [one for one in gave.values if isinstance(one, list)]
+    if gave.calls & _SHAPES or "shape_infer" in gave.test:
+        known = [one for one in lists if one and not isinstance(one[0], onnx.NodeProto)]
+        return "symbolic_dimension" if len(known) > 1 else "shape_inference"
+    if gave.calls & _CONSTANTS:
+        return "constant"
+    if gave.calls & _CONSUMERS or any(name.startswith("children") for name in gave.operands):
+        return "used_elsewhere"
+    if len(set(tensors)) > 1:
+        return "extra_node" if align.related(tensors, made) else "unsupported_form"
+    if "op_type" in gave.test:
+        return "other_operator"
+    return "other_check"
+
+
+def _raised(watch: Watch, error: Exception) -> Reason:
+    """The reason that is an exception of the optimizer's own code."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [pair for pair in frames if PurePath(pair[0].f_code.co_filename).name != "fusion_base.py"]
+    call = watch.calls[-1] if watch.calls and watch.calls[-1].raised else None
+    frame, line = own[-1] if own else frames[-1]
+    step = source.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
+    write = source.writer(call.made if call else {}, watch.node)
+    reason = Reason(
+        type(call.fusion).__name__ if call else None,
+        "raised",
+        "raised",
+        file=_file(frame.f_code.co_filename),
+        line=line,
+        anchor=call.anchor if call else None,
+        message=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
+    )
+    reason.source, operands = source.statement(step, write)
+    if watch.unfinished is not None:
+        operands |= _dangling(watch)
+    reason.check = Check(reason.source, operands)
+    return reason
+
+
+def _dangling(watch: Watch) -> dict[str, str]:
+    """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
+    proto = watch.unfinished.model.graph
+    made = {name for node in proto.node for name in node.output}
+    made |= {one.name for one in (*proto.input, *proto.initializer)} | {""}
+    found = {}
+    for node in proto.node:
+        for name in node.input:
+            if name not in made and len(found) < 8:
+                found[f"{name}, no longer computed, is read by"] = watch.node(node).name
+    return found
+
+
+def _file(name: str) -> str:
+    return "notebook cell" if "ipykernel" in name else PurePath(name).name
+
+
+# ── Which call is about which site ──────────────────────────────────────────────────────────────
+
+
+def _verdicts(
+    sites: list[graph.Site], left: set[str | None], watch: Watch, in_functions: bool
+) -> tuple[list[Verdict], list[Reason]]:
+    """What became of each of `sites`, of the file; `left` are the weights that were not fused."""
     reasons: dict[object, Reason] = {}
-    for site in sites:
-        if site.fused:
+    verdicts = []
+    places = _Places(watch, sites)
+    for number, site in enumerate(sites):
+        fused = site.fused or site.node.outputs[0].name not in left
+        verdict = Verdict(site.name, site.layer, fused)
+        verdicts.append(verdict)
+        if verdict.fused:
             continue
-        call = None if error else _anchored(site, calls)
-        key = None if call is None else (call.fusion, call.line, tuple(call.none))
-        reasons.setdefault(key, Reason([], call, error)).sites.append(site)
-    for call in watch.calls:
-        call.file = "notebook cell" if "ipykernel" in call.file else PurePath(call.file).name
-    return Explanation(class_.__name__, sites, watch.calls, list(reasons.values()))
+        reason = places.reason(site, in_functions)
+        reason = reasons.setdefault(_same(reason), reason)
+        reason.sites.append(number)
+        verdict.reason = list(reasons.values()).index(reason)
+    return verdicts, list(reasons.values())
+
+
+def _same(reason: Reason) -> object:
+    """What two reasons have in common that are the same for several layers."""
+    attempt = reason.attempt
+    return (
+        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line, reason.message),
+        *(tuple(reason.within), tuple(reason.none), repr(reason.actual)),
+        attempt and (*attempt.expected, len(attempt.matched), *(n.operator for n in attempt.found)),
+        reason.earlier and _same(reason.earlier),
+    )
+
+
+class _Places:
+    """Where the calls of `fuse` that gave up started, to be found from the sites."""
+
+    def __init__(self, watch: Watch, sites: list[graph.Site]) -> None:
+        self.watch = watch
+        self.fusions = ", ".join(watch.anchors)
+        self.anchors = {one for found in watch.anchors.values() for one in found}
+        makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
+        self.calls: dict[str, list[Call]] = {}
+        for call in watch.calls:
+            early = call.fusion.fused_op_type in makes and _near(call)
+            if not call.done and (watch.attends(call.fusion) or early):
+                self.calls.setdefault(call.anchor.output, []).append(call)
+        self.products = {node for s in sites for node in (s.node, s.scores, s.context) if node}
+
+    def reason(self, site: graph.Site, in_functions: bool) -> Reason:
+        own = {node for node in (site.node, site.scores, site.context) if node}
+        touching = self._touching({value.name for node in own for value in node.outputs})
+        call = self._downstream(site, own, touching) or touching
+        if call and self.watch.attends(call.fusion):
+            return call.reason
+        starts = f"it starts from {' or '.join(sorted(self.anchors))}, and there is none after the"
+        if call:  # of an earlier fusion, which should have made the anchor
+            message = f"{starts} site: {call.reason.fusion} did not fire at {call.anchor.operator}"
+            return dataclasses.replace(
+                call.reason,
+                fusion=self.fusions,
+                cause="missing_anchor",
+                message=f"{message} {call.anchor.name} ({call.reason.cause})",
+                earlier=call.reason,
+                sites=[],
+            )
+        if not self.anchors:
+            message = "this optimizer has no fusion that makes an attention, or it is turned off"
+        else:
+            message = f"{starts} site"
+            if in_functions:
+                message += " (the optimizer does not look into the functions of a model)"
+        return Reason(self.fusions or None, "none", "missing_anchor", message=message)
+
+    def _touching(self, names: set[str]) -> Call | None:
+        """The call that came upon the site's own nodes and got furthest."""
+
+        def touches(call: Call) -> bool:
+            reached = (one.output for a in call.attempts for one in (a.start, *a.matched))
+            return call.anchor.output in names or not names.isdisjoint(reached)
+
+        calls = [c for calls in self.calls.values() for c in calls if self.watch.attends(c.fusion)]
+        return max(filter(touches, calls), key=_progress, default=None)
+
+    def _downstream(
+        self, site: graph.Site, own: set[ir.Node], touching: Call | None
+    ) -> Call | None:
+        """The call that started from the first anchor after the site, before another site."""
+        queue, seen = deque([site.node]), {site.node}
+        while queue:
+            node = queue.popleft()
+            for value in node.outputs:
+                calls = self.calls.get(value.name, [])
+                attending = [call for call in calls if self.watch.attends(call.fusion)]
+                if attending:
+                    return max(attending, key=_progress) if touching not in calls else touching
+                if calls and touching is None:
+                    return calls[-1]
+                for user in value.consumers():
+                    if user not in seen and user not in self.products - own:
+                        seen.add(user)
+                        queue.append(user)
+        return None
+
+
+def _near(call: Call) -> bool:
+    """Whether a call of a fusion of normalisations was about one: it starts from a good many nodes
+    that have nothing to do with them."""
+    return "Normalization" in call.anchor.operator or any(len(a.matched) > 2 for a in call.attempts)
+
+
+def _progress(call: Call) -> tuple[int, int]:
+    """How far a call got: the paths that it found, and the nodes on all of them."""
+    attempts = call.attempts
+    return sum(not one.broke for one in attempts), sum(len(one.matched) for one in attempts)
+
+
+# ── Where it is in the file ─────────────────────────────────────────────────────────────────────
+
+
+def _locate(reason: Reason, model: ir.Model) -> None:
+    """Add where the node that is there came from in PyTorch, and its shape."""
+    attempt = reason.attempt
+    named = [*(attempt.found if attempt else ()), attempt.at if attempt else reason.anchor]
+    for one in filter(None, named):
+        with contextlib.suppress(KeyError):
+            node = graph.find(model, one.name)
+            reason.origin = reason.origin or graph.origin(node)
+            value = node.outputs[0]
+            if reason.shape is None and value.shape is not None:
+                reason.shape = str(value.shape)
+    if reason.earlier:
+        _locate(reason.earlier, model)

@@ -1,11 +1,7 @@
 """PyTorch to ONNX, by route. A route names how a graph was made, which decides what fuses later."""
 
-import contextlib
-import io
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from helpers import files, graph
+from helpers.quiet import quiet
 
 # Route → opset. `torchscript` is what exports looked like for years; the other two are made by
 # transformers' own exporter, built on torch.onnx.export(dynamo=True).
@@ -33,20 +30,6 @@ class Export:
     def nodes(self) -> int:
         """How many nodes the graph has, those in branches and bodies included."""
         return sum(graph.counts(self.model).values())
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what exporters and optimizers print, log and warn of away. Errors still raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        stack.callback(logging.disable, before)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
 
 
 def dynamic_axes(inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:

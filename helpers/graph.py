@@ -75,6 +75,11 @@ def load(path: str | Path, *, weights: bool = True) -> ir.Model:
         model = ir.load(path)
     else:
         model = ir.from_proto(without_weights(onnx.load(path, load_external_data=False)))
+    return inline(model)
+
+
+def inline(model: ir.Model) -> ir.Model:
+    """`model`, in place, with its functions inlined."""
     if model.functions:
         passes.InlinePass()(model)
     return model

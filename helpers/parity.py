@@ -44,6 +44,22 @@ class Candidate:
     where: str = ""
     reason: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "held": self.held,
+            "max_abs_diff": self.max_abs_diff if np.isfinite(self.max_abs_diff) else None,
+            "tolerance": self.tolerance,
+            "where": self.where,
+            "reason": self.reason,
+        }
+
+    def __str__(self) -> str:
+        verdict = "held" if self.held else "NOT HELD"
+        return (
+            f"{self.name}: parity {verdict}, largest difference {self.max_abs_diff:.1e}"
+            f" (tolerance {self.tolerance:.1e}) {self.reason or self.where}".rstrip()
+        )
+
 
 @dataclass
 class Report:
@@ -71,17 +87,7 @@ class Report:
                 "tolerance": worst.tolerance,
                 "inputs": self.inputs,
             },
-            "models": [
-                {
-                    "file": one.name,
-                    "held": one.held,
-                    "max_abs_diff": one.max_abs_diff if np.isfinite(one.max_abs_diff) else None,
-                    "tolerance": one.tolerance,
-                    "where": one.where,
-                    "reason": one.reason,
-                }
-                for one in self.candidates
-            ],
+            "models": [{"file": one.name, **one.to_json()} for one in self.candidates],
         }
 
     def table(self) -> pd.DataFrame:
@@ -100,13 +106,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"reference {self.reference}", f"inputs {self.inputs}"]
-        for one in self.candidates:
-            verdict = "held" if one.held else "NOT HELD"
-            lines.append(
-                f"{one.name}: parity {verdict}, largest difference {one.max_abs_diff:.1e}"
-                f" (tolerance {one.tolerance:.1e}) {one.reason or one.where}".rstrip()
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.candidates)])
 
 
 class _Runner:

@@ -1,4 +1,4 @@
-"""What `explain` and `rules` answer: attention sites, why those not fused were not, as text and JSON.
+"""What `explain` and `rules` answer: why attention sites were not fused, as text and as JSON.
 
 Nodes are named as they are in the input file, so that they can be searched for in Netron.
 """
@@ -6,12 +6,14 @@ Nodes are named as they are in the input file, so that they can be searched for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from helpers.parity import Candidate
 
 # The cause classes of a reason, and what a reader is told.
 CAUSES = {
@@ -28,6 +30,13 @@ CAUSES = {
     "raised": "its own code failed",
     "other_check": "another check of its code",
 }
+
+
+SHOWN = 3  # reasons that the text tells
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class Node(NamedTuple):
@@ -55,6 +64,7 @@ class Attempt:
     variable: str | None = None  # what the fusion's code calls the result; of a rule, its name
     matched: list[Node] = field(default_factory=list)
     found: list[Node] = field(default_factory=list)
+    down: bool = False  # the path goes along the arrows; `inputs` are then those of its nodes
 
     @property
     def broke(self) -> bool:
@@ -64,11 +74,33 @@ class Attempt:
     def at(self) -> Node:
         return self.matched[-1] if self.matched else self.start
 
+    def __str__(self) -> str:
+        """The path from its start: one line for each step, and where it broke."""
+        lines = [f"start      {self.start.operator:<12} {self.start.name}"]
+        for i, (operator, index) in enumerate(zip(self.expected, self.inputs, strict=True)):
+            edge = "any input" if index is None else f"input {index}"
+            edge = f"↓ {edge}" if self.down else edge
+            if i < len(self.matched):
+                lines.append(f"{edge:<10} {operator:<12} {self.matched[i].name}")
+                continue
+            there = " or ".join(f"{one.operator} {one.name}" for one in self.found)
+            there = there or "no node: an initializer, or an input of the graph"
+            lines.append(f"{edge:<10} {operator:<12} ✗ the graph has {there}")
+            break
+        return "\n".join(lines)
+
+    @property
+    def brief(self) -> str:
+        """The path in one line, from its start, with the variable that it was for."""
+        for_, arrow = f"{self.variable}: " if self.variable else "", " → " if self.down else " ← "
+        return f"{for_}{arrow.join([self.start.operator, *self.expected])} {self.inputs}"
+
     def to_json(self) -> dict[str, Any]:
         names, broke, reached = [one.name for one in self.found], self.broke, len(self.matched)
         operators = [one.operator for one in self.found]
         return {
             "variable": self.variable,
+            "direction": "down" if self.down else "up",
             "start": self.start.name,
             "expected": self.expected,
             "inputs": self.inputs,
@@ -150,6 +182,40 @@ class Reason:
             "earlier": self.earlier.to_json() if self.earlier else None,
         }
 
+    def __str__(self) -> str:
+        """What a terminal shows of it; at most 30 lines."""
+        broken, where = self.attempt, f"{self.file}:{self.line}  {self.source}"
+        parts = [("why", CAUSES[self.cause] + (f": {self.message}" if self.message else ""))]
+        parts += [("code", where)] if self.file else []
+        parts += [("called", one) for one in self.within[-2:]]
+        parts += [("None", ", ".join(self.none))] if self.none else []
+        if self.check:
+            parts += [("test", _short(self.check.source))]
+            parts += [
+                ("", f"  {_short(name)} = {_short(value)}")
+                for name, value in list(self.check.operands.items())[:8]
+            ]
+        if broken:
+            first, *rest = str(broken).split("\n")
+            parts += [("path", first), *(("", one) for one in rest)]
+        elif self.anchor:
+            parts += [("anchor", f"{self.anchor.operator} {self.anchor.name}")]
+        parts += [("shape", self.shape)] if self.shape and broken else []
+        parts += [("PyTorch", self.origin)] if self.origin else []
+        if self.actual:
+            parts += [("there is", f"{json.dumps(self.actual[0])}, {json.dumps(self.actual[1])}")]
+        others = [one for one in self.attempts if one is not broken][:4]
+        parts += [
+            ("tried" if i == 0 else "", f"{len(one.matched)} of {len(one.expected)}: {one.brief}")
+            for i, one in enumerate(others)
+        ]
+        return "\n".join(f"   {label:<8} {text}".rstrip() for label, text in parts)
+
+
+def _short(text: str, width: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[:width]} …"
+
 
 @dataclass
 class Verdict:
@@ -170,10 +236,63 @@ class Explanation:
     optimizer: str
     sites: list[Verdict]
     reasons: list[Reason]
+    parity: Candidate | None = None  # of the optimised model with the one it came from, if asked
+    what_if: list[dict[str, Any]] | None = None  # the same at other levels, if asked, a row each
+
+    def __str__(self) -> str:
+        fused, lines = sum(site.fused for site in self.sites), []
+        if not self.sites:
+            return f"{self.optimizer}: no attention site in this graph"
+        verdict = f"{self.optimizer}: {count(len(self.sites), 'site')}, {fused} fused"
+        lines.append(f"{verdict}, {count(len(self.reasons), 'reason')}")
+        if self.parity:
+            lines.append(str(self.parity))
+            wrong = [site.name for site in self.sites if site.wrong]
+            more = f" … {wrong[-1]}" if len(wrong) > 1 else ""
+            lines += [f"{count(len(wrong), 'site')} fused wrong: {wrong[0]}{more}"] if wrong else []
+        for number, reason in enumerate(self.reasons[:SHOWN]):
+            names = [self.sites[i].layer or self.sites[i].name for i in reason.sites]
+            more = f" … {names[-1]}" if len(names) > 1 else ""
+            who = reason.fusion or "the optimizer"
+            lines += [
+                "",
+                f"{number}. {count(len(names), 'site')}, {who}: {reason.cause} ({reason.kind})",
+                f"   sites    {names[0]}{more}",
+                str(reason),
+            ]
+        if len(self.reasons) > SHOWN:
+            lines += ["", f"{count(len(self.reasons) - SHOWN, 'reason')} more: see --json"]
+        if self.what_if:
+            lines += ["", "what if: at another opt_level"]
+            lines += [
+                f"   {row['opt_level']:<3} {row['fused']} of {row['sites']} fused"
+                + {True: ", right", False: ", WRONG", None: ""}[row["held"]]
+                + (f": {row['causes']}" if row["causes"] else "")
+                for row in self.what_if
+            ]
+        return "\n".join(lines)
+
+    def table(self, reason: int = 0) -> pd.DataFrame:
+        """The paths that were tried for `reason` and did not match, best first, one a row."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "variable": attempt.variable,
+                "start": attempt.start.operator,
+                "expected": " ← ".join(attempt.expected),
+                "inputs": attempt.inputs,
+                "matched": f"{len(attempt.matched)} of {len(attempt.expected)}",
+                "found": ", ".join(one.operator for one in attempt.found),
+            }
+            for attempt in self.reasons[reason].attempts
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "optimizer": self.optimizer,
             "sites": [dataclasses.asdict(site) for site in self.sites],
             "reasons": [reason.to_json(i) for i, reason in enumerate(self.reasons)],
+            "parity": self.parity.to_json() if self.parity else None,
+            "what_if": self.what_if,
         }

@@ -21,23 +21,24 @@ def options(**changed):
 def test_a_scale_that_bart_does_not_expect(tmp_path):
     """Eager attention of today scales the scores; FusionBartAttention wants Softmax ← MatMul."""
     found = explain(attention(tmp_path), "bart", **options())
-    assert [site.name for site in found.sites] == ["n_softmax"]
+    assert [(site.name, site.fused, site.reason) for site in found.sites] == [
+        ("n_softmax", False, 0)
+    ]
     (reason,) = found.reasons
-    call = reason.call
-    assert (call.fusion, call.file) == ("FusionBartAttention", "fusion_bart_attention.py")
-    assert call.source == "return"
-    assert call.anchor.operator == "SkipLayerNormalization"
-    assert set(call.none) == {
+    assert (reason.fusion, reason.file) == ("FusionBartAttention", "fusion_bart_attention.py")
+    assert (reason.kind, reason.cause, reason.source) == ("path", "extra_node", "return")
+    assert reason.anchor.operator == "SkipLayerNormalization"
+    assert reason.none == [
         *("qk_nodes_no_mask", "qk_nodes_with_mask"),
         *("qk_nodes_sdpa_no_mask", "qk_nodes_sdpa_with_mask"),
-    }
-    broken = call.culprit
+    ]
+    broken = reason.attempt
     assert broken.expected == ["Softmax", "MatMul"]
-    assert (broken.at.name, broken.found.name) == ("n_softmax", "n_scale")
-    assert call.actual == (["Softmax", "Mul", "MatMul"], [0, 0, 0])
+    assert (broken.at.name, [one.name for one in broken.found]) == ("n_softmax", ["n_scale"])
+    assert reason.actual == (["Softmax", "Mul", "MatMul"], [0, 0, 0])
     assert "n_scale" in str(found)
-    assert "n_softmax" in str(found)
-    assert list(found.table()["variable"])[-4:] == call.none
+    assert list(found.table()["variable"])[0] == reason.none[0]
+    assert set(reason.none) <= set(found.table()["variable"])
 
 
 def test_a_node_between_the_anchor_and_the_products(tmp_path):
@@ -47,10 +48,10 @@ def test_a_node_between_the_anchor_and_the_products(tmp_path):
         "[n_foreign] c3 = Identity (c1) [n_cast] c4 = Neg (c3) [n_flat] c2 = Reshape (c4, flat)",
     )
     (reason,) = explain(attention(tmp_path, text), "bart", **options()).reasons
-    assert reason.call.none == ["qkv_nodes", "qkv_nodes_with_residual"]
-    assert reason.call.culprit.at.name == "n_flat"
-    assert reason.call.culprit.found.name == "n_cast"
-    assert reason.call.actual[0][:4] == ["Add", "MatMul", "Reshape", "Neg"]
+    assert reason.none == ["qkv_nodes", "qkv_nodes_with_residual"]
+    assert reason.attempt.at.name == "n_flat"
+    assert [one.name for one in reason.attempt.found] == ["n_cast"]
+    assert reason.actual[0][:4] == ["Add", "MatMul", "Reshape", "Neg"]
 
 
 def test_same_reason_of_several_layers_is_one(tmp_path):
@@ -62,15 +63,28 @@ def test_same_reason_of_several_layers_is_one(tmp_path):
     text = ATTENTION[:start].replace("8] y)", "8] y_)") + ATTENTION[start:end] + second + "}"
     found = explain(attention(tmp_path, text), "bart", **options())
     assert [site.name for site in found.sites] == ["n_softmax", "m_softmax"]
-    assert [len(reason.sites) for reason in found.reasons] == [2]
+    assert [reason.sites for reason in found.reasons] == [[0, 1]]
+    assert str(found).startswith("BartOnnxModel: 2 sites, 0 fused, 1 reason\n")
 
 
 def test_no_anchor_after_a_site(tmp_path):
     text = ATTENTION.replace("[n_norm] y = LayerNormalization <axis = -1> (r, gamma, beta)", "")
     text = text.replace("r = Add", "y = Add")
     (reason,) = explain(attention(tmp_path, text), "bart", **options()).reasons
-    assert reason.call is None
-    assert "no anchor" in str(reason)
+    assert (reason.kind, reason.cause, reason.anchor) == ("none", "missing_anchor", None)
+    assert "it starts from LayerNormalization or SkipLayerNormalization" in reason.message
+
+
+def test_an_anchor_that_an_earlier_fusion_did_not_make(tmp_path):
+    """CLIP's fusion starts from SkipLayerNormalization alone."""
+    text = ATTENTION.replace("[n_norm]", "[n_foreign] f = Neg (r) [n_norm]").replace(
+        "<axis = -1> (r, gamma", "<axis = -1> (f, gamma"
+    )
+    (reason,) = explain(attention(tmp_path, text), "clip", **options()).reasons
+    assert (reason.cause, reason.fusion) == ("missing_anchor", "FusionAttentionClip")
+    assert reason.earlier.fusion == "FusionSkipLayerNormalization"
+    assert "Neg n_foreign" in reason.check.operands["add"]
+    assert "FusionSkipLayerNormalization did not fire at LayerNormalization n_norm" in str(reason)
 
 
 def test_bad_options_are_bad_input(tmp_path):
@@ -86,6 +100,9 @@ def test_what_the_optimizer_raises_is_a_reason(tmp_path):
     text = ATTENTION.replace("(r, gamma, beta)", "(r, gamma)")
     before = sys.gettrace()
     (reason,) = explain(attention(tmp_path, text), "bart", **options()).reasons
-    assert "IndexError" in reason.error
-    assert "fusion_skiplayernorm.py" in str(reason)
+    assert (reason.kind, reason.cause) == ("raised", "raised")
+    assert reason.message.startswith("IndexError")
+    assert reason.file == "fusion_skiplayernorm.py"
+    assert reason.anchor.name == "n_norm"
+    assert "LayerNormalization n_norm (r, gamma)" in str(reason)
     assert sys.gettrace() is before

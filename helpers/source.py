@@ -1,0 +1,434 @@
+"""Read the source of a fusion: which test made it return, and what that test was about.
+
+A slice through the code, from the `return` backwards: the `if` around it, those of its conditions
+that decided, the variables in them, what these were assigned from. Where that leads to a path that
+did not match, the path is the reason; else the condition is, with the values of its operands.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from helpers.reasons import Attempt
+from helpers.watch import Step
+
+DEPTH = 3  # assignments that are followed back from a condition
+OPERANDS = 16  # that are told of one
+
+
+@dataclass
+class GaveUp:
+    """Where a function gave up: at `line`, by a `return` or at its `end`.
+
+    `broken` are the paths that did not match and that this was about, `none` the variables that
+    they left None. Without such, `test` is the condition and `operands` the values in it. `within`
+    are the functions called, "FILE:LINE SOURCE", that gave up first; `calls` the names of functions
+    that the slice leads to.
+    """
+
+    line: int
+    source: str
+    end: bool
+    test: str = ""
+    broken: list[Attempt] = field(default_factory=list)
+    none: list[str] = field(default_factory=list)
+    operands: dict[str, str] = field(default_factory=dict)
+    within: list[str] = field(default_factory=list)
+    calls: set[str] = field(default_factory=set)
+    values: list[Any] = field(default_factory=list)  # of the condition's operands themselves
+
+
+class _Function:
+    """The syntax tree of a function, with each node's parent."""
+
+    def __init__(self, code: CodeType) -> None:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+        ast.increment_lineno(tree, max(start, 1) - 1)
+        self.tree = tree.body[0]
+        self.parent = {
+            child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)
+        }
+        self.statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+
+    def at(self, line: int) -> ast.stmt:
+        """The innermost statement that holds `line`."""
+        return min(
+            (one for one in self.statements if one.lineno <= line <= one.end_lineno),
+            key=lambda one: (one.end_lineno - one.lineno, -one.col_offset),
+        )
+
+    def around(self, node: ast.AST) -> Iterator[tuple[ast.If, bool]]:
+        """The `if`s around `node`, innermost first, and whether it is in the branch of True."""
+        while node in self.parent:
+            node, inner = self.parent[node], node
+            if isinstance(node, ast.If):
+                yield node, inner in node.body
+
+    def assigned(self, name: str, line: int) -> list[ast.stmt]:
+        """The statements that give the variable `name` its value, up to `line`, last first."""
+        found = []
+        for one in self.statements:
+            targets = one.targets if isinstance(one, ast.Assign) else [getattr(one, "target", None)]
+            names = {n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)}
+            grows = (
+                isinstance(one, ast.Expr)
+                and isinstance(one.value, ast.Call)
+                and isinstance(one.value.func, ast.Attribute)
+                and one.value.func.attr in ("append", "extend", "add", "update")
+                and isinstance(one.value.func.value, ast.Name)
+                and one.value.func.value.id == name
+            )
+            if (name in names or grows) and one.lineno <= line:
+                found.append(one)
+        return sorted(found, key=lambda one: -one.lineno)
+
+
+@functools.cache
+def _function(code: CodeType) -> _Function | None:
+    try:
+        return _Function(code)
+    except (OSError, SyntaxError, IndexError, TypeError):  # no source, as of ``exec``
+        return None
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [one.id for one in ast.walk(node) if isinstance(one, ast.Name)]
+
+
+def _called(node: ast.AST) -> set[str]:
+    functions = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
+    return {getattr(one, "attr", getattr(one, "id", "")) for one in functions}
+
+
+def _missing(value: Any) -> bool:
+    """Whether a value says that nothing was found."""
+    if isinstance(value, tuple):
+        return any(_missing(one) for one in value)
+    if isinstance(value, (bool, int, str, list)):
+        return value is False or value in (-1, "") or value == []
+    return value is None
+
+
+def _progress(step: Step) -> int:
+    """How many nodes the paths that a function asked for have found."""
+    return sum(len(attempt.matched) for _, attempt in step.attempts)
+
+
+def _right(statement: ast.stmt) -> list[ast.expr]:
+    """The expressions that an assignment, a loop or a call to grow a list takes its values from."""
+    if isinstance(statement, ast.For):
+        return [statement.iter]
+    if isinstance(statement, ast.Expr):
+        return statement.value.args
+    return [statement.value] if getattr(statement, "value", None) else []
+
+
+class _Reader:
+    """Reads one `step`: `write` renders a value."""
+
+    def __init__(self, step: Step, write: Callable[[Any], str | None]) -> None:
+        self.step, self.write = step, write
+        self.function = _function(step.code)
+
+    def value(self, node: ast.expr) -> Any:
+        """The value of an expression without calls; raises ValueError of any other."""
+        plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, ast.USub)
+        plain = (*plain, ast.Load, ast.Slice, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop)
+        plain = (*plain, ast.Not, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.Set, ast.Dict)
+        for one in ast.walk(node):
+            is_len = isinstance(one, ast.Call) and getattr(one.func, "id", "") in ("len", "hasattr")
+            if not is_len and not isinstance(one, plain):
+                raise ValueError(ast.dump(one))
+        names = {**self.step.names, **self.step.local}
+        try:
+            return eval(compile(ast.Expression(node), "<operand>", "eval"), names)
+        except Exception as error:  # an operand that was not reached when the test said no
+            raise ValueError(str(error)) from None
+
+    def decided(self, test: ast.expr, outcome: bool) -> list[ast.expr]:
+        """Those conditions of `test` that made it come out as it did."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return self.decided(test.operand, not outcome)
+        if not isinstance(test, ast.BoolOp):
+            return [test]
+        one_is_enough = isinstance(test.op, ast.Or) is outcome
+        parts = test.values
+        if one_is_enough:
+            known = [part for part in parts if self._is(part, outcome)]
+            unknown = [part for part in parts if self._is(part, None)]
+            parts = known[:1] or unknown
+        return [leaf for part in parts for leaf in self.decided(part, outcome)]
+
+    def _is(self, part: ast.expr, outcome: bool | None) -> bool:
+        try:
+            return outcome is not None and bool(self.value(part)) is outcome
+        except ValueError:
+            return outcome is None
+
+    def tests(self) -> tuple[ast.stmt | None, list[ast.expr], bool]:
+        """The statement that ended the function, the conditions, and whether it was its end."""
+        if self.function is None:
+            return None, [], False
+        statement = self.function.at(self.step.line)
+        end = not isinstance(statement, (ast.Return, ast.Raise))
+        leaves: list[ast.expr] = []
+        if not end:
+            for around, true in self.function.around(statement):
+                leaves += self.decided(around.test, true)
+                outer = self.function.parent[around]
+                if true and not (isinstance(outer, ast.If) and around in outer.orelse):
+                    break
+                if not true and not isinstance(around.orelse[0], ast.If):
+                    continue  # the `else`, or an `elif`, of this one
+                if not (isinstance(outer, ast.If) and outer.orelse == [around]):
+                    break
+            if not leaves:  # at the function's top: what came just before it decided
+                statement = self._before(statement)
+        if isinstance(statement, ast.If) and (end or not leaves):
+            leaves = self._last(statement)
+        elif end and isinstance(statement, (ast.For, ast.While)):
+            ifs = [one for one in ast.walk(statement) if isinstance(one, ast.If)]
+            leaves = [one.test for one in ifs] or _right(statement)
+        elif end and isinstance(statement, ast.Expr):  # what it called in turn
+            leaves = [one.value for one in self.function.statements if isinstance(one, ast.Expr)]
+        elif end:
+            leaves = [one.test for one, _ in self.function.around(statement)]
+        return statement, leaves, end
+
+    def _last(self, statement: ast.If) -> list[ast.expr]:
+        leaves = []
+        while True:
+            leaves += self.decided(statement.test, False)
+            if len(statement.orelse) != 1 or not isinstance(statement.orelse[0], ast.If):
+                return leaves
+            statement = statement.orelse[0]
+
+    def _before(self, statement: ast.stmt) -> ast.stmt:
+        body = next(
+            block
+            for _, block in ast.iter_fields(self.function.parent[statement])
+            if isinstance(block, list) and statement in block
+        )
+        earlier = [
+            one
+            for one in body[: body.index(statement)]
+            if isinstance(one, (ast.If, ast.For, ast.While))
+        ]
+        return earlier[-1] if earlier else statement
+
+    # ── The slice ───────────────────────────────────────────────────────────────────────────────
+
+    def gave_up(self) -> GaveUp:
+        step = self.step
+        statement, leaves, end = self.tests()
+        source = linecache.getline(step.code.co_filename, step.line).strip()
+        answer = GaveUp(step.line, source, end, test="; ".join(map(ast.unparse, leaves)))
+        if self.function is None:
+            self._last_group(answer)
+            return answer
+        only_called = end and isinstance(statement, ast.Expr)
+        level, seen = [*self._returned(statement), *leaves], set()
+        for depth in range(DEPTH + 1):
+            for expression in level:
+                answer.calls |= _called(expression)
+                self._operands(expression, answer, depth)
+            names = [name for expression in level for name in _names(expression)]
+            names = [name for name in dict.fromkeys(names) if name not in seen]
+            seen.update(names)
+            if self._paths(names, answer) or self._inner(names, level, answer, only_called):
+                break
+            level = [expression for name in names for expression in self._sources(name)]
+        asked = [id(attempt) for _, attempt in step.attempts]
+        if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
+            answer.broken.sort(key=lambda one: asked.index(id(one)))
+            variables = [one.variable for one in answer.broken]
+            answer.none.sort(key=lambda name: variables.index(name) if name in variables else -1)
+        return answer
+
+    def _returned(self, statement: ast.stmt | None) -> list[ast.expr]:
+        """What a `return` gives, if that was made elsewhere."""
+        value = statement.value if isinstance(statement, ast.Return) else None
+        return [value] if isinstance(value, (ast.Call, ast.Name, ast.Tuple)) else []
+
+    def _sources(self, name: str) -> list[ast.expr]:
+        """What the variable `name` was made from; where it stayed empty, what that depended on."""
+        if name not in self.step.local or name == "self":
+            return []
+        statements = self.function.assigned(name, self.step.line)
+        found = [one for statement in statements for one in _right(statement)]
+        if _missing(self.step.local[name]):
+            ifs = [one for s in statements for one, _ in self.function.around(s)]
+            found += [one.test for one in ifs]
+        return found
+
+    def _broken(self, name: str) -> list[Attempt]:
+        """The attempts for the variable `name` since it last was found, if it was not then."""
+        if not _missing(self.step.local.get(name, 0)):
+            return []
+        found: list[Attempt] = []
+        for line, attempt in self.step.attempts:
+            if self.variable(line) == name:
+                attempt.variable = name
+                found = [*found, attempt] if attempt.broke else []
+        return found
+
+    def variable(self, line: int) -> str | None:
+        """The variable that the statement at `line` assigns a match to."""
+        if self.function is None:
+            return None
+        statement = self.function.at(line)
+        if not isinstance(statement, ast.Assign):
+            return None
+        target = statement.targets[0]
+        if isinstance(target, ast.Tuple) and len(target.elts) == 3:
+            target = target.elts[1]  # match_parent_paths returns which, the nodes, the inputs
+        return target.id if isinstance(target, ast.Name) else None
+
+    def _paths(self, names: list[str], answer: GaveUp) -> bool:
+        """Add the attempts that left `names` empty, and those for what these would be made from."""
+        seen: set[str] = set()
+        while names:
+            for name in names:
+                broken = self._broken(name)
+                answer.broken += broken
+                answer.none += [name] if broken and self.step.local.get(name) is None else []
+            seen.update(names)
+            if not answer.broken:
+                return False
+            below = [
+                one
+                for name in names
+                if _missing(self.step.local.get(name, 0))
+                for expression in self._sources(name)
+                for one in _names(expression)
+            ]
+            names = list(dict.fromkeys(one for one in below if one not in seen))
+        return bool(answer.broken)
+
+    def _inner(
+        self, names: list[str], level: list[ast.expr], answer: GaveUp, only_called: bool
+    ) -> bool:
+        """Go on in a function that was called for one of `names`, or in a condition."""
+        lines = [range(one.lineno, one.end_lineno + 1) for one in level]
+        for name in names:
+            if _missing(self.step.local.get(name, 0)):
+                lines += [
+                    range(one.lineno, one.end_lineno + 1)
+                    for one in self.function.assigned(name, self.step.line)
+                    if not isinstance(one, ast.For)
+                ]
+        called = [one for one in self.step.inner if any(one.called_at in span for span in lines)]
+        if not called:
+            return False
+        step = max(reversed(called), key=_progress)
+        inner = _Reader(step, self.write).gave_up()
+        file = PurePath(step.code.co_filename).name
+        if only_called:  # `fuse` but passed it on
+            answer.line, answer.source, answer.end = inner.line, inner.source, inner.end
+            answer.within += inner.within
+        else:
+            answer.within += [f"{file}:{inner.line} {inner.source}", *inner.within]
+        answer.broken, answer.none = inner.broken, answer.none + inner.none
+        answer.operands |= inner.operands
+        answer.values += inner.values
+        answer.calls |= inner.calls
+        answer.test = f"{answer.test}; {inner.test}" if inner.test else answer.test
+        return True
+
+    def _last_group(self, answer: GaveUp) -> None:
+        """Without source: the attempts that failed last, all from one node."""
+        for _, attempt in reversed(self.step.attempts):
+            if not attempt.broke:
+                break
+            if answer.broken and attempt.start != answer.broken[0].start:
+                break
+            answer.broken.insert(0, attempt)
+
+    def _operands(self, expression: ast.expr, answer: GaveUp, depth: int) -> None:
+        """Add the values of the parts of `expression` that name something in the graph."""
+
+        def visit(node: ast.AST) -> None:
+            if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
+                try:
+                    value = self.value(node)
+                except ValueError:
+                    value = self
+                text = self.write(value) if value is not self else None
+                if text is not None:
+                    if len(answer.operands) < OPERANDS:
+                        answer.operands.setdefault(ast.unparse(node), text)
+                    if depth == 0:
+                        answer.values.append(value)
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+        visit(expression)
+
+
+def gave_up(step: Step, write: Callable[[Any], str | None]) -> GaveUp:
+    """Why the function of `step` returned without a result."""
+    reader = _Reader(step, write)
+    answer = reader.gave_up()
+    steps = [step]
+    while steps:  # the variables of all attempts, for who reads them
+        one = steps.pop()
+        inner = _Reader(one, write)
+        for line, attempt in one.attempts:
+            attempt.variable = attempt.variable or inner.variable(line)
+        steps += one.inner
+    return answer
+
+
+def statement(step: Step, write: Callable[[Any], str | None]) -> tuple[str, dict[str, str]]:
+    """The line at which `step` stands, and the values of what it reads."""
+    text = linecache.getline(step.code.co_filename, step.line).strip()
+    reader, answer = _Reader(step, write), GaveUp(step.line, text, False)
+    if reader.function is not None:
+        for part in ast.iter_child_nodes(reader.function.at(step.line)):
+            if isinstance(part, ast.expr):
+                reader._operands(part, answer, 0)
+    return text, answer.operands
+
+
+def writer(made: dict[str, onnx.NodeProto], name: Callable) -> Callable[[Any], str | None]:
+    """Renders values of a fusion's variables; `made` has the nodes by output, `name` names one.
+
+    Answers None for what tells nothing of the graph: methods, modules, large dictionaries.
+    """
+
+    def node(proto: onnx.NodeProto) -> str:
+        inputs, outputs = ", ".join(proto.input), ", ".join(filter(None, proto.output))
+        return f"{proto.op_type} {name(proto).name} ({inputs}) -> {outputs}"
+
+    def write(value: Any) -> str | None:
+        if isinstance(value, onnx.NodeProto):
+            return node(value)
+        if isinstance(value, onnx.TensorProto):
+            return f"initializer {value.name} {list(value.dims)}"
+        if isinstance(value, str):
+            above = made.get(value)
+            return f"{value} (from {above.op_type} {name(above).name})" if above else repr(value)
+        if isinstance(value, np.ndarray) and value.size > 8:
+            return f"an array {value.dtype} {list(value.shape)}"
+        if isinstance(value, (bool, int, float, np.ndarray, np.generic, type(None))):
+            return str(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value)
+        if isinstance(value, (list, tuple, set)) or type(value).__name__.startswith("Repeated"):
+            parts = [write(one) for one in list(value)[:8]]
+            more = ", …" if len(value) > 8 else ""
+            return None if None in parts else f"[{', '.join(parts)}{more}]"
+        return None
+
+    return write
