@@ -45,15 +45,14 @@ def draw(folder: Path) -> dict[str, view.View]:
             made.save_model_to_file(str(draft))
         site = graph.sites(exported.model)[0]
         attention = graph.sites(graph.load(fused, weights=False))[0]
-        broken = reason.call.culprit
-        matched = [node.name for node in broken.matched]
-        path = [*matched, broken.found.name, graph.name(site.context)]
+        marks = reason.marks()
+        path = [*marks["along"], marks["break_at"], graph.name(site.context)]
         pictures = {
             "01_block.svg": (unfused, None, {}),
-            "01_break.svg": (unfused, None, {"along": matched, "break_at": broken.found.name}),
+            "01_break.svg": (unfused, None, marks),
             "01_path.svg": (
                 unfused,
-                reason.call.anchor.output,
+                reason.anchor.output,
                 {"along": path, "up": 1, "down": 0},
             ),
             "01_fused.svg": (fused, attention.name, {}),

@@ -84,8 +84,24 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         if arguments.what_if:
             levels = [one for one in explain.LEVELS if one != level]
             found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+    if arguments.save:
+        _save_cut(arguments, found)
     status = FAILED if found.parity and not found.parity.held else DONE
     return status, found.to_json(), f"{arguments.model}\n{found}"
+
+
+def _save_cut(arguments: argparse.Namespace, found: Any) -> None:
+    """Write the neighbourhood of the first reason's node, as a picture or a model."""
+    from helpers import graph, view
+
+    marks = found.reasons[0].marks() if found.reasons else {}
+    if arguments.save.suffix != ".onnx":
+        view.save(arguments.model, arguments.save, **marks)
+        return
+    shown = view.cut(arguments.model, **marks)
+    model = graph.load(arguments.model)
+    taken = [graph.find(model, node.outputs[0].name) for node in shown.model.graph]
+    files.save(graph.cut_out(model, taken), arguments.save)
 
 
 def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -134,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--opt-level", type=int, choices=(0, 1, 2, 99))
     explain.add_argument("--parity", action="store_true", help="say which sites fused wrong, too")
     explain.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+    explain.add_argument(
+        "--save", type=Path, metavar="CUT.onnx", help="what is near the first break, or an .svg"
+    )
     explain.add_argument(
         "--what-if", action="store_true", help="the same at the other levels, each compared"
     )

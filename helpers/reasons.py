@@ -156,6 +156,14 @@ class Reason:
     attempts: list[Attempt] = field(default_factory=list)  # all that were tried, best first
     earlier: Reason | None = None  # of a missing anchor: why what would have made it did not
 
+    def marks(self) -> dict[str, Any]:
+        """What to show of it: passed to `view.cut`, `view.save` or `view.show`."""
+        if self.attempt is None:
+            return {"along": (), "break_at": self.anchor.name if self.anchor else None}
+        matched = [one.name for one in self.attempt.matched]
+        broke = [*(one.name for one in self.attempt.found), self.attempt.at.name][0]
+        return {"along": [one for one in matched if one != broke], "break_at": broke}
+
     def to_json(self, number: int | None = None) -> dict[str, Any]:
         broken = self.attempt.to_json() if self.attempt else {}
         fields = ("expected", "inputs", "matched", "at", "input", "expected_op", "found_op")
@@ -191,9 +199,9 @@ class Reason:
         parts += [("None", ", ".join(self.none))] if self.none else []
         if self.check:
             parts += [("test", _short(self.check.source))]
+            nodes_first = sorted(self.check.operands.items(), key=lambda one: "->" not in one[1])
             parts += [
-                ("", f"  {_short(name)} = {_short(value)}")
-                for name, value in list(self.check.operands.items())[:8]
+                ("", f"  {_short(name)} = {_short(value)}") for name, value in nodes_first[:8]
             ]
         if broken:
             first, *rest = str(broken).split("\n")

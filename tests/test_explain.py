@@ -37,7 +37,7 @@ def test_a_scale_that_bart_does_not_expect(tmp_path):
     assert (broken.at.name, [one.name for one in broken.found]) == ("n_softmax", ["n_scale"])
     assert reason.actual == (["Softmax", "Mul", "MatMul"], [0, 0, 0])
     assert "n_scale" in str(found)
-    assert list(found.table()["variable"])[0] == reason.none[0]
+    assert found.table()["variable"].iloc[0] == reason.none[0]
     assert set(reason.none) <= set(found.table()["variable"])
 
 
