@@ -82,14 +82,16 @@ def explain(
         if isinstance(made, Reason):
             verdicts, reasons = _stopped(sites, made)
         else:
-            left = {site.node.outputs[0].name for site in made if not site.fused}
-            verdicts, reasons = _verdicts(sites, left, watch, in_functions)
+            verdicts, reasons = _verdicts(model, sites, made, watch, in_functions)
         answer = Explanation(class_.__name__, verdicts, reasons)
         if cases and not isinstance(made, Reason):
             answer.parity, found = wrong.find(path, draft, *cases)
             answer.parity.name = "what the optimizer makes"
             for site in found:
-                verdicts[site].wrong = verdicts[site].fused
+                if isinstance(site, str):  # it fused what is no attention
+                    verdicts.append(Verdict(site, None, True, wrong=True))
+                else:
+                    verdicts[site].wrong = verdicts[site].fused
     for reason in reasons:
         _locate(reason, model)
     return answer
@@ -123,9 +125,9 @@ def _optimised(
     save: str | Path | None,
     draft: Path | None,
     *choice: Any,
-) -> list[graph.Site] | Reason:
-    """The sites of what the optimizer makes, or what it raised. It is written to `save`, if it can
-    be run, and to `draft` even if not."""
+) -> onnx.ModelProto | Reason:
+    """What the optimizer makes, without its weights, or what it raised. It is written to `save`, if
+    it can be run, and to `draft` even if not."""
     from onnxruntime.transformers import optimizer
 
     with quiet():
@@ -144,7 +146,7 @@ def _optimised(
                 made.save_model_to_file(str(checked), weights > files.ONE_FILE)
         if draft:
             made.save_model_to_file(str(draft), weights > files.ONE_FILE)
-        return graph.sites(ir.from_proto(graph.without_weights(made.model)))
+        return graph.without_weights(made.model)
 
 
 def what_if(
@@ -292,6 +294,18 @@ def _conclude(watch: Watch, call: Call) -> Reason:
         reason.cause = _check_cause(gave, call.made)
     if not gave.broken or gave.end:
         reason.check = Check(gave.test or gave.source, gave.operands)
+    more = {}
+    if reason.attempt and reason.attempt.at.output in watch.replaced:
+        made_from = map(write, watch.replaced[reason.attempt.at.output])
+        more[f"{reason.attempt.at.name} was made from"] = "; ".join(made_from)
+    if watch.stopped:
+        more["shape inference of the optimizer stopped at"] = "; ".join(map(write, watch.stopped))
+    if more:
+        reason.check = reason.check or Check(gave.test or gave.source, {})
+        reason.check.operands |= more
+    found = {one.operator for one in reason.attempt.found} if reason.attempt else set()
+    if watch.stopped and found & {"Cast", "Reshape"}:
+        reason.cause = "shape_inference"  # which removes those that do nothing
     if reason.check and "num_heads" in reason.check.source:
         reason.message = "give the number of heads and the hidden size, if you have not"
     rest = [one for one in call.attempts if one.broke and one not in ranked]
@@ -371,23 +385,50 @@ def _file(name: str) -> str:
 
 
 def _verdicts(
-    sites: list[graph.Site], left: set[str | None], watch: Watch, in_functions: bool
+    model: ir.Model,
+    sites: list[graph.Site],
+    made: onnx.ModelProto,
+    watch: Watch,
+    in_functions: bool,
 ) -> tuple[list[Verdict], list[Reason]]:
-    """What became of each of `sites`, of the file; `left` are the weights that were not fused."""
+    """What became of each of `sites`, of `model`, in the graph `made`."""
     reasons: dict[object, Reason] = {}
     verdicts = []
     places = _Places(watch, sites)
+    fused, still = _became(model, sites, made)
     for number, site in enumerate(sites):
-        fused = site.fused or site.node.outputs[0].name not in left
-        verdict = Verdict(site.name, site.layer, fused)
+        verdict = Verdict(site.name, site.layer, number in fused)
         verdicts.append(verdict)
         if verdict.fused:
             continue
-        reason = places.reason(site, in_functions)
+        reason = places.reason(site, in_functions) if number in still else _gone(made)
         reason = reasons.setdefault(_same(reason), reason)
         reason.sites.append(number)
         verdict.reason = list(reasons.values()).index(reason)
     return verdicts, list(reasons.values())
+
+
+def _became(
+    model: ir.Model, sites: list[graph.Site], made: onnx.ModelProto
+) -> tuple[set[int], set[int]]:
+    """Which of `sites` are one operator in the graph `made`, and which are still there unfused."""
+    found = graph.sites(graph.inline(ir.from_proto(made)))
+    left = {site.node.outputs[0].name for site in found if not site.fused}
+    still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
+    fused = set(range(len(sites))) - still
+    if sum(site.fused for site in found) < len(fused):  # some are neither
+        stand_for = {one for piece in wrong.pieces(model, made) for one in piece.sites}
+        fused = {i for i in fused if i in stand_for or sites[i].fused}
+    return fused, still
+
+
+def _gone(made: onnx.ModelProto) -> Reason:
+    """The reason of a site that the optimizer took away without putting anything in its place."""
+    computed = {name for node in made.graph.node for name in node.output}
+    outputs = [one.name for one in made.graph.output if one.name not in computed]
+    message = "the optimizer took it out of the graph, and put no attention in its place"
+    check = Check("the optimised graph", {"outputs that no node computes": ", ".join(outputs)})
+    return Reason(None, "check", "other_check", check=check, message=message)
 
 
 def _same(reason: Reason) -> object:
@@ -437,9 +478,30 @@ class _Places:
             message = "this optimizer has no fusion that makes an attention, or it is turned off"
         else:
             message = f"{starts} site"
-            if in_functions:
-                message += " (the optimizer does not look into the functions of a model)"
-        return Reason(self.fusions or None, "none", "missing_anchor", message=message)
+        if in_functions:
+            message += " (the optimizer does not look into the functions of a model)"
+        after = ", ".join(f"{one.op_type} {graph.name(one)}" for one in self._after(site))
+        operands = {
+            **{f"{name}.search_op_types": str(found) for name, found in self.watch.anchors.items()},
+            "after the site": after,
+        }
+        return Reason(
+            self.fusions or None,
+            "check",
+            "missing_anchor",
+            check=Check("search_op_types", operands),
+            message=message,
+        )
+
+    def _after(self, site: graph.Site, number: int = 10) -> list[ir.Node]:
+        """The first nodes after the product with the values, without those that make shapes."""
+        queue, found = deque([site.context or site.node]), []
+        while queue and len(found) < number:
+            users = [user for value in queue.popleft().outputs for user in value.consumers()]
+            new = [one for one in users if one not in found and one.op_type != "Shape"]
+            found += new
+            queue.extend(new)
+        return found[:number]
 
     def _touching(self, names: set[str]) -> Call | None:
         """The call that came upon the site's own nodes and got furthest."""

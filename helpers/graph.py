@@ -41,6 +41,9 @@ FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
 _ELEMENTWISE = {
     *("Add", "Cast", "CastLike", "Clip", "Div", "Dropout", "Expand", "Identity", "Max", "Min"),
     *("Mul", "Pow", "Sub", "Sum", "Tanh", "Where", "DequantizeLinear", "QuantizeLinear"),
+    *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
+    *("Softsign", "Sqrt", "Swish"),
 }
 _RESHAPING = {"Concat", "Flatten", "Pad", "Reshape", "ScatterND", "Slice", "Split"}
 _PRODUCTS = {"Einsum", "FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"}

@@ -22,7 +22,7 @@ CAUSES = {
     "other_operator": "another operator than the pattern has",
     "operand_order": "operands in another order",
     "constant": "a constant that is no initializer, or has another value",
-    "missing_anchor": "the node to start from is not there, since an earlier fusion did not fire",
+    "missing_anchor": "the node that it starts from is not there",
     "used_elsewhere": "a node's output is used elsewhere",
     "symbolic_dimension": "a symbolic dimension that was not unified",
     "shape_inference": "shape inference failed",
@@ -132,7 +132,7 @@ class Reason:
     """Why sites were not fused; it is the same for all of `sites` (numbers in Explanation.sites).
 
     `kind` is "path" (the `attempt` did not match), "check" (another test said no), "raised" (the
-    code failed with `message`), "end" (`fuse` fell off its end) or "none" (nothing was tried).
+    code failed with `message`) or "end" (`fuse` fell off its end).
     `file`, `line` and `source` are where the code gave up; `within` where a function that it had
     called did so before, innermost last. `actual` is the path that is there: operators and inputs.
     """

@@ -240,17 +240,24 @@ class _Reader:
             self._last_group(answer)
             return answer
         only_called = end and isinstance(statement, ast.Expr)
-        level, seen = [*self._returned(statement), *leaves], set()
-        for depth in range(DEPTH + 1):
-            for expression in level:
+        level = [(one, True) for one in (*self._returned(statement), *leaves)]
+        seen: set[str] = set()
+        for _ in range(DEPTH + 1):
+            for expression, is_empty in level:
                 answer.calls |= _called(expression)
-                self._operands(expression, answer, depth)
-            names = [name for expression in level for name in _names(expression)]
-            names = [name for name in dict.fromkeys(names) if name not in seen]
-            seen.update(names)
-            if self._paths(names, answer) or self._inner(names, level, answer, only_called):
+                self._operands(expression, answer, is_empty)
+            empty = [one for one, is_empty in level if is_empty]
+            names = [name for one in empty for name in _names(one) if name not in seen]
+            names = list(dict.fromkeys(names))
+            if self._paths(names, answer) or self._inner(names, empty, answer, only_called):
                 break
-            level = [expression for name in names for expression in self._sources(name)]
+            names = [name for one, _ in level for name in _names(one) if name not in seen]
+            seen.update(names)
+            level = [
+                (expression, _missing(self.step.local.get(name, 0)))
+                for name in dict.fromkeys(names)
+                for expression in self._sources(name)
+            ]
         asked = [id(attempt) for _, attempt in step.attempts]
         if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
             answer.broken.sort(key=lambda one: asked.index(id(one)))
@@ -267,7 +274,9 @@ class _Reader:
         """What the variable `name` was made from; where it stayed empty, what that depended on."""
         if name not in self.step.local or name == "self":
             return []
-        statements = self.function.assigned(name, self.step.line)
+        value, statements = self.step.local[name], self.function.assigned(name, self.step.line)
+        if isinstance(value, bool) and statements and isinstance(statements[0], ast.Assign):
+            return self.decided(statements[0].value, value)
         found = [one for statement in statements for one in _right(statement)]
         if _missing(self.step.local[name]):
             ifs = [one for s in statements for one, _ in self.function.around(s)]
@@ -357,7 +366,7 @@ class _Reader:
                 break
             answer.broken.insert(0, attempt)
 
-    def _operands(self, expression: ast.expr, answer: GaveUp, depth: int) -> None:
+    def _operands(self, expression: ast.expr, answer: GaveUp, decided: bool) -> None:
         """Add the values of the parts of `expression` that name something in the graph."""
 
         def visit(node: ast.AST) -> None:
@@ -370,7 +379,7 @@ class _Reader:
                 if text is not None:
                     if len(answer.operands) < OPERANDS:
                         answer.operands.setdefault(ast.unparse(node), text)
-                    if depth == 0:
+                    if decided:
                         answer.values.append(value)
             for child in ast.iter_child_nodes(node):
                 visit(child)
@@ -399,7 +408,7 @@ def statement(step: Step, write: Callable[[Any], str | None]) -> tuple[str, dict
     if reader.function is not None:
         for part in ast.iter_child_nodes(reader.function.at(step.line)):
             if isinstance(part, ast.expr):
-                reader._operands(part, answer, 0)
+                reader._operands(part, answer, True)
     return text, answer.operands
 
 

@@ -74,7 +74,8 @@ class Watch:
     is, if they are fusions (the package has two copies of ``OnnxModel``, by two names of import).
     `names` and `tensors` are those in the file; `also` are classes of fusions to watch besides.
     `conclude` is asked for the reason when a `fuse` has returned, since later fusions change what
-    its variables refer to. `unfinished` is the model of the last fusion that was applied.
+    its variables refer to. `unfinished` is the model of the last fusion that was applied, `stopped`
+    the nodes at which the optimizer's own shape inference failed, if it did.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class Watch:
         self.calls: list[Call] = []
         self.anchors: dict[str, list[str]] = {}  # of the fusions for attention, by their classes
         self.unfinished: Any = None
+        self.stopped: list[onnx.NodeProto] = []
+        self.replaced: dict[str, list[onnx.NodeProto]] = {}  # by output of what a fusion made
         self._names, self._tensors, self._conclude, self.also = names, tensors, conclude, also
         mro = [one for base in (*bases, *also) for one in base.__mro__]
         mro += [
@@ -103,7 +106,12 @@ class Watch:
         self._path = _codes("match_parent_path", own.values())
         self._step = _codes("match_parent", own.values())
         self._down = _codes("match_child_path", own.values())
-        self._appliers = [one for one, v in own.items() if "apply" in v]
+        self._patched = [
+            (one, name, patch)
+            for name, patch in (("apply", self._traced), ("infer_runtime_shape", self._inferring))
+            for one, v in own.items()
+            if name in v
+        ]
         self._files: set[str] = set()  # of the code whose calls are recorded within `fuse`
         self._kinds: dict[CodeType, Callable | None] = {}
         self._open: list[tuple[FrameType, Step]] = []
@@ -111,14 +119,25 @@ class Watch:
         self._attempt: Attempt | None = None  # the path that is being matched
 
     def __enter__(self) -> Watch:
-        self._before = [(owner, owner.apply) for owner in self._appliers]
-        for owner, apply in self._before:
-            owner.apply = self._traced(apply)
+        self._before = [(one, name, getattr(one, name)) for one, name, _ in self._patched]
+        for owner, name, patch in self._patched:
+            setattr(owner, name, patch(getattr(owner, name)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for owner, apply in self._before:
-            owner.apply = apply
+        for owner, name, before in self._before:
+            setattr(owner, name, before)
+
+    def _inferring(self, infer: Callable) -> Callable:
+        @functools.wraps(infer)
+        def inferring(model: Any, *args: Any, **kwargs: Any) -> Any:
+            wanted, known = model.enable_shape_infer, infer(model, *args, **kwargs)
+            if wanted and known is None and not self.stopped:
+                raised = not model.enable_shape_infer  # which it then turns off
+                self.stopped = _incomplete(model.shape_infer_helper, raised)
+            return known
+
+        return inferring
 
     def _traced(self, apply: Callable) -> Callable:
         @functools.wraps(apply)
@@ -197,6 +216,8 @@ class Watch:
             self._inner_returned(frame, value)
             call, self._call, self._attempt = self._call, None, None
             call.done = before != (len(fusion.nodes_to_add), len(fusion.nodes_to_remove))
+            for made in fusion.nodes_to_add[before[0] :]:
+                self.replaced[made.output[0]] = fusion.nodes_to_remove[before[1] :]
             if not call.done:
                 try:
                     call.reason = self._conclude(self, call)
@@ -275,6 +296,18 @@ class Watch:
             return local
 
         return local
+
+
+def _incomplete(inference: Any, raised: bool) -> list[onnx.NodeProto]:
+    """The node at which SymbolicShapeInference stopped (it goes through them in their order), or,
+    where it raised, that and the one after it, since either may be at fault."""
+    known, model = getattr(inference, "known_vi_", {}), getattr(inference, "out_mp_", None)
+    last: list[onnx.NodeProto] = []
+    for proto in model.graph.node if model else ():
+        if any(name and name not in known for name in proto.output):
+            return [*last, proto] if raised else last
+        last = [proto]
+    return last
 
 
 def _unread(call: Call, error: Exception) -> Reason:

@@ -22,36 +22,41 @@ from helpers.feeds import Feed
 
 
 @dataclass
-class _Piece:
+class Piece:
     """Nodes of the optimised graph around a fused operator, between tensors of both graphs."""
 
     nodes: list[onnx.NodeProto]
     inputs: list[str]
     outputs: list[str]
-    sites: list[int]
+    stands_for: set[ir.Node]  # in the original graph
+    sites: list[int | str]
 
 
 def find(
     path: str | Path, fused: str | Path, cases: list[Feed], description: str
-) -> tuple[parity.Candidate, set[int]]:
+) -> tuple[parity.Candidate, set[int | str]]:
     """Compare the model `fused` with that at `path`, and say which of its sites are wrong.
 
-    Returns the comparison of all, and numbers in ``graph.sites`` of the model at `path`: none where
-    parity holds; every fused one where the fault is in none alone, or the model does not load.
+    Returns the comparison of all, and numbers in ``graph.sites`` of the model at `path`, or the
+    name of a tensor where an operator stands for what was no site there. None where parity holds;
+    every fused one where the fault is in none alone. Of a model that does not load, those are wrong
+    that have taken away what is read elsewhere.
     """
     path, fused = Path(path).absolute(), Path(fused).absolute()
     whole = parity.compare(path, [fused], cases, description).candidates[0]
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
-    pieces = _pieces(graph.load(path, weights=False), proto)
-    every = {site for piece in pieces for site in piece.sites}
-    if not pieces:
-        return whole, every
-    tensors = list(dict.fromkeys(name for piece in pieces for name in piece.outputs))
-    boundary = list(dict.fromkeys(name for piece in pieces for name in piece.inputs))
+    model = graph.load(path, weights=False)
+    found = pieces(model, proto)
+    every = {site for piece in found for site in piece.sites}
+    gone = _gone(model, proto)
+    if gone or not found:
+        return whole, _about(model, found, gone) or every
+    tensors = list(dict.fromkeys(name for piece in found for name in piece.outputs))
+    boundary = list(dict.fromkeys(name for piece in found for name in piece.inputs))
     around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
-    runs = [_runner(piece, proto, around, tensors) for piece in pieces]
+    runs = [_runner(piece, proto, around, tensors) for piece in found]
 
     def original(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
@@ -63,14 +68,15 @@ def find(
         return whole, every
     wrong = {
         site
-        for piece, one in zip(pieces, judged, strict=True)
+        for piece, one in zip(found, judged, strict=True)
         if not one.held
         for site in piece.sites
     }
     return whole, wrong or every
 
 
-def _pieces(model: ir.Model, proto: onnx.ModelProto) -> list[_Piece]:
+def pieces(model: ir.Model, proto: onnx.ModelProto) -> list[Piece]:
+    """The pieces around the operators of `proto`, the optimised `model`, that it has put there."""
     sites = graph.sites(model)
     known = {v.name for node in model.graph for v in node.outputs} | {
         v.name for v in model.graph.inputs
@@ -103,8 +109,9 @@ def _pieces(model: ir.Model, proto: onnx.ModelProto) -> list[_Piece]:
                 else:
                     queue.append(made[name])
         nodes = [one for one in proto.graph.node if id(one) in inside]
-        within = _sites(model, sites, outputs, set(inputs))
-        found.append(_Piece(nodes, list(inputs), outputs, within))
+        was_there = _between(model, outputs, set(inputs))
+        within = [i for i, site in enumerate(sites) if site.context in was_there] or [outputs[0]]
+        found.append(Piece(nodes, list(inputs), outputs, was_there, within))
     return found
 
 
@@ -121,21 +128,42 @@ def _below(
     return []
 
 
-def _sites(
-    model: ir.Model, sites: list[graph.Site], outputs: list[str], stop: set[str]
-) -> list[int]:
-    """The sites of the original graph between its tensors `stop` and `outputs`."""
-    number = {site.context: i for i, site in enumerate(sites) if site.context}
-    queue, seen, found = deque(graph.find(model, name) for name in outputs), set(), []
+def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node]:
+    """The nodes of the original graph between its tensors `stop` and `outputs`."""
+    queue, seen = deque(graph.find(model, name) for name in outputs), set()
     while queue:
         node = queue.popleft()
         if node in seen:
             continue
         seen.add(node)
-        found += [number[node]] if node in number else []
         for value in node.inputs:
             if value is not None and value.producer() and value.name not in stop:
                 queue.append(value.producer())
+    return seen
+
+
+def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
+    """The nodes of the original graph whose results are read in `proto`, and made no longer."""
+    made = {name for node in proto.graph.node for name in node.output}
+    made |= {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
+    read = [name for node in proto.graph.node for name in node.input]
+    read += [one.name for one in proto.graph.output]
+    makers = {v.name: node for node in model.graph for v in node.outputs}
+    return [makers[name] for name in dict.fromkeys(read) if name not in made and name in makers]
+
+
+def _about(model: ir.Model, pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
+    """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
+    found = {s for p in pieces if not p.stands_for.isdisjoint(gone) for s in p.sites}
+    number = {site.context: i for i, site in enumerate(graph.sites(model)) if site.context}
+    queue, seen = deque(() if found else gone), set()
+    while queue:
+        node = queue.popleft()
+        if node in number:
+            return {number[node]}
+        makers = [v.producer() for v in node.inputs if v is not None and v.producer()]
+        queue.extend(one for one in makers if one not in seen)
+        seen.update(makers)
     return found
 
 
@@ -160,7 +188,7 @@ def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.O
 
 
 def _runner(
-    piece: _Piece,
+    piece: Piece,
     proto: onnx.ModelProto,
     around: Callable[[parity.Outputs], parity.Outputs],
     tensors: list[str],

@@ -1,13 +1,19 @@
 """`explain`: what a fusion asked for, where it broke, what is there."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
+import jsonschema
+import numpy as np
+import onnx
 import pytest
 from graphs import ATTENTION, write
+from onnxruntime.quantization import quantize_dynamic
 
 from helpers import files
-from helpers.explain import explain
+from helpers.explain import explain, what_if
 
 
 def attention(tmp_path, text: str = ATTENTION):
@@ -71,8 +77,9 @@ def test_no_anchor_after_a_site(tmp_path):
     text = ATTENTION.replace("[n_norm] y = LayerNormalization <axis = -1> (r, gamma, beta)", "")
     text = text.replace("r = Add", "y = Add")
     (reason,) = explain(attention(tmp_path, text), "bart", **options()).reasons
-    assert (reason.kind, reason.cause, reason.anchor) == ("none", "missing_anchor", None)
+    assert (reason.kind, reason.cause, reason.anchor) == ("check", "missing_anchor", None)
     assert "it starts from LayerNormalization or SkipLayerNormalization" in reason.message
+    assert reason.check.operands["after the site"].endswith("Add n_residual")
 
 
 def test_an_anchor_that_an_earlier_fusion_did_not_make(tmp_path):
@@ -106,3 +113,206 @@ def test_what_the_optimizer_raises_is_a_reason(tmp_path):
     assert reason.anchor.name == "n_norm"
     assert "LayerNormalization n_norm (r, gamma)" in str(reason)
     assert sys.gettrace() is before
+
+
+# ── A reader's own fusion ───────────────────────────────────────────────────────────────────────
+
+OWN = """
+from onnxruntime.transformers.optimizer import MODEL_TYPES
+from fusion_base import Fusion
+
+Bart = MODEL_TYPES["bart"][0]
+
+
+class Scaled(Fusion):
+    def __init__(self, model):
+        super().__init__(model, "Attention", "Softmax")
+
+    def fuse(self, node, input_name_to_nodes, output_name_to_node):
+        scaled = self.model.match_parent_path(node, ["Div", "MatMul"], [0, 0])
+        if scaled is None:
+            return
+
+
+class Model(Bart):
+    def fuse_attention(self):
+        Scaled(self).apply()
+
+
+class Raises(Scaled):
+    def fuse(self, node, input_name_to_nodes, output_name_to_node):
+        return node.input[7]
+
+
+NUMBER = 7
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py"
+
+
+@pytest.mark.parametrize("name", ["Scaled", "Model"])
+def test_a_fusion_of_ones_own(tmp_path, own, name):
+    from onnxruntime.transformers import optimizer
+
+    known = dict(optimizer.MODEL_TYPES)
+    found = explain(attention(tmp_path), fusion=f"{own}:{name}", **options())
+    (reason,) = found.reasons
+    assert (found.optimizer, reason.fusion, reason.file) == (name, "Scaled", "own.py")
+    assert (reason.kind, reason.none) == ("path", ["scaled"])
+    assert [one.name for one in reason.attempt.found] == ["n_scale"]
+    assert reason.actual == (["Mul", "MatMul"], [0, 0])
+    assert known == optimizer.MODEL_TYPES
+
+
+def test_a_fusion_of_ones_own_that_raises(tmp_path, own):
+    (reason,) = explain(attention(tmp_path), fusion=f"{own}:Raises", **options()).reasons
+    assert (reason.kind, reason.fusion, reason.file) == ("raised", "Raises", "own.py")
+    assert reason.source == "return node.input[7]"
+    assert reason.message.startswith("IndexError")
+
+
+def test_a_fusion_without_source_is_explained_by_its_paths(tmp_path):
+    names = {}
+    exec(OWN.replace("match_parent_path(node", "match_parent_path( node"), names)
+    (reason,) = explain(attention(tmp_path), fusion=names["Scaled"], **options()).reasons
+    assert [one.name for one in reason.attempt.found] == ["n_scale"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Nothing", "expected a class Nothing, found Fusion, Bart, Scaled, Model, Raises"),
+        ("NUMBER", "expected a class NUMBER"),
+        ("Fusion", "expected a subclass"),
+    ],
+)
+def test_what_is_no_fusion_is_bad_input(tmp_path, own, name, message):
+    with pytest.raises(files.BadInput, match=message):
+        explain(attention(tmp_path), fusion=f"{own}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("none.py:A", "found no file .*none.py"),
+        ("own.py", "expected FILE.py:CLASS"),
+        ("bad.py:A", "found SyntaxError"),
+        ("text.txt:A", "found no Python file"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_bad_input(tmp_path, own, named, message):
+    (tmp_path / "bad.py").write_text("class")
+    (tmp_path / "text.txt").write_text("class")
+    with pytest.raises(files.BadInput, match=message):
+        explain(attention(tmp_path), fusion=f"{tmp_path}/{named}")
+
+
+# ── Any graph ───────────────────────────────────────────────────────────────────────────────────
+
+
+def in_branch(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph, but for its weights in both branches of an If."""
+    body = onnx.GraphProto()
+    body.CopyFrom(proto.graph)
+    del body.input[:], body.initializer[:]
+    other = onnx.GraphProto()
+    other.CopyFrom(body)
+    for node in other.node:
+        node.name = f"e_{node.name}"
+        node.input[:] = [f"e_{one}" if one in made(body) else one for one in node.input]
+        node.output[:] = [f"e_{one}" for one in node.output]
+    other.output[0].name = f"e_{other.output[0].name}"
+    choose = onnx.helper.make_node(
+        "If", ["yes"], [proto.graph.output[0].name], "n_if", then_branch=body, else_branch=other
+    )
+    del proto.graph.node[:]
+    proto.graph.node.append(choose)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+    return proto
+
+
+def made(body: onnx.GraphProto) -> set[str]:
+    return {name for node in body.node for name in node.output}
+
+
+def in_function(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph, all of it in a function."""
+    inputs = [proto.graph.input[0].name, *(one.name for one in proto.graph.initializer)]
+    outputs = [one.name for one in proto.graph.output]
+    function = onnx.helper.make_function(
+        "own", "Block", inputs, outputs, list(proto.graph.node), list(proto.opset_import)
+    )
+    del proto.graph.node[:]
+    proto.graph.node.append(onnx.helper.make_node("Block", inputs, outputs, "n_call", domain="own"))
+    proto.functions.append(function)
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    return proto
+
+
+@pytest.mark.parametrize("change", [in_branch, in_function])
+@pytest.mark.parametrize("model_type", ["bart", "bert", "t5"])
+def test_nested_graphs(tmp_path, change, model_type):
+    path = attention(tmp_path)
+    onnx.save(change(onnx.load(path)), path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    found = explain(path, model_type, **options())
+    assert len(found.sites) == (2 if change is in_branch else 1)
+    assert all(site.reason is not None for site in found.sites)
+    valid(found)
+    if change is in_function:
+        assert "does not look into the functions" in str(found)
+
+
+def test_a_quantised_graph(tmp_path):
+    path, small = attention(tmp_path), tmp_path / "small.onnx"
+    quantize_dynamic(path, small)
+    (site,) = valid(explain(small, "bart", **options())).sites
+    assert site.reason == 0
+
+
+def test_a_graph_that_is_fused_and_one_without_a_site(tmp_path):
+    text = ATTENTION.replace("half)", "one)").replace("[n_scale] s1 = Mul (s0, one)", "")
+    text = text.replace("Softmax <axis = -1> (s1)", "Softmax <axis = -1> (s0)")
+    text = text.replace("Reshape (q1, heads)", "Reshape (q3, heads)").replace(
+        "[n_q_heads]", "[n_scale] q3 = Mul (q1, half) [n_q_heads]"
+    )
+    path, fused = attention(tmp_path, text), tmp_path / "fused.onnx"
+    first = explain(path, "bart", **options(), save=fused, parity=True)
+    assert [(site.name, site.fused, site.wrong) for site in first.sites] == [
+        ("n_softmax", True, False)
+    ]
+    assert (first.reasons, first.parity.held) == ([], True)
+    again = valid(explain(fused, "bart", **options()))
+    assert [(site.fused, site.reason) for site in again.sites] == [(True, None)]
+    none = write(tmp_path / "none.onnx", ATTENTION.replace("Softmax <axis = -1>", "Sigmoid"))
+    assert str(valid(explain(none, "bart", **options()))).endswith(
+        "no attention site in this graph"
+    )
+
+
+def test_weights_in_another_file(tmp_path):
+    path = attention(tmp_path)
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, size_threshold=100, location="w.data")
+    (reason,) = explain(path, "bart", **options(), parity=True).reasons
+    assert [one.name for one in reason.attempt.found] == ["n_scale"]
+
+
+def test_what_if_at_the_other_levels(tmp_path):
+    path = attention(tmp_path)
+    rows = what_if({"eager": path}, "bart", num_heads=2, hidden_size=8, opt_levels=(0, 1))
+    assert [(row["file"], row["opt_level"], row["fused"], row["held"]) for row in rows] == [
+        ("eager", 0, 0, True),
+        ("eager", 1, 0, True),
+    ]
+
+
+def valid(found):
+    """`found`, if its JSON is as the schema has it."""
+    schema = json.loads((Path(__file__).parent / "explain.schema.json").read_text())
+    jsonschema.validate(found.to_json(), schema)
+    return found
