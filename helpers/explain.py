@@ -7,15 +7,11 @@ records what its fusions ask for and `source` reads why they returned.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
-import importlib.util
-import inspect
 import sys
 import tempfile
 import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,10 +19,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import align, feeds, files, graph, source, wrong
+from helpers import align, feeds, files, graph, optimizers, places, source, wrong
 from helpers.quiet import quiet
 from helpers.reasons import Check, Explanation, Reason, Verdict
-from helpers.watch import NORMALIZATIONS, Call, Watch
+from helpers.watch import Call, Watch
 
 LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
 
@@ -71,7 +67,7 @@ def explain(
     model = graph.inline(ir.from_proto(graph.without_weights(before)))
     del before
     with (
-        _registered(model_type, fusion) as (name, class_, also),
+        optimizers.registered(model_type, fusion) as (name, class_, also),
         tempfile.TemporaryDirectory() as folder,
     ):
         watch = Watch([class_], names, tensors, _conclude, also)
@@ -82,7 +78,7 @@ def explain(
         if isinstance(made, Reason):
             verdicts, reasons = _stopped(sites, made)
         else:
-            verdicts, reasons = _verdicts(model, sites, made, watch, in_functions)
+            verdicts, reasons = places.verdicts(model, sites, made, watch, in_functions)
         answer = Explanation(class_.__name__, verdicts, reasons)
         if cases and not isinstance(made, Reason):
             answer.parity, found = wrong.find(path, draft, *cases)
@@ -136,10 +132,12 @@ def _optimised(
             with watch:
                 made = optimizer.optimize_model(str(path), name, *choice)
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
-            return _raised(watch, error)
+            made = _raised(watch, error)
         finally:
             ort.set_default_logger_severity(2)  # the default
-            gc.collect()  # the optimizer leaves temporary folders behind, with a warning
+        if isinstance(made, Reason):
+            gc.collect()  # it leaves a temporary folder behind, with a warning
+            return made
         weights = sum(len(one.raw_data) for one in made.model.graph.initializer)
         if save:
             with files.writing(save) as checked:
@@ -180,88 +178,6 @@ def what_if(
                 }
             )
     return rows
-
-
-# ── Whose fusion ────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def _registered(
-    model_type: str | None, fusion: str | type | None
-) -> Iterator[tuple[str, type, tuple[type, ...]]]:
-    """The key of MODEL_TYPES to run, its class, and the fusions to watch besides those known."""
-    from onnxruntime.transformers import optimizer
-
-    types = optimizer.MODEL_TYPES
-    if fusion is None:
-        if model_type not in types:
-            known = ", ".join(sorted(types))
-            raise files.BadInput(f"model type {model_type}: expected one of {known}")
-        yield model_type, types[model_type][0], ()
-        return
-    class_ = _loaded(fusion) if isinstance(fusion, str) else fusion
-    bases = {base.__name__ for base in class_.__mro__[1:]}
-    if "OnnxModel" in bases:
-        optimizer_class, also = class_, ()
-    elif "Fusion" in bases:
-        optimizer_class, also = _in_bert(class_, types["bert"][0]), (class_,)
-    else:
-        raise files.BadInput(
-            f"{fusion}: expected a subclass of onnxruntime.transformers' Fusion or OnnxModel,"
-            f" found {class_.__name__} of {', '.join(sorted(bases)) or 'nothing'}; name another"
-        )
-    key = f"{class_.__name__} {id(class_)}"
-    types[key] = (optimizer_class, "pytorch", types["bert"][2])
-    try:
-        yield key, optimizer_class, also
-    finally:
-        del types[key]
-
-
-def _in_bert(fusion: type, bert: type) -> type:
-    """BERT's optimizer with `fusion` in the place of its attention fusion."""
-
-    def fuse_attention(self: Any) -> None:
-        given = {
-            "model": self,
-            "hidden_size": self.hidden_size,
-            "num_heads": self.num_heads,
-            "attention_mask": self.attention_mask,
-        }
-        wanted = inspect.signature(fusion).parameters
-        fusion(**{name: value for name, value in given.items() if name in wanted}).apply()
-
-    return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
-
-
-def _loaded(named: str) -> type:
-    """The class that "FILE.py:CLASS" names."""
-    file, _, name = named.rpartition(":")
-    path = Path(file)
-    if not file or not path.is_file():
-        raise files.BadInput(
-            f"{named}: expected FILE.py:CLASS, found no file {file or named}; check the path"
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None:
-        raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no Python file; name one")
-    module = importlib.util.module_from_spec(spec)
-    import onnxruntime.transformers.optimizer  # noqa: F401  its folder is on sys.path from then on
-
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the reader's own code
-        raise files.BadInput(
-            f"{path}: expected a module that can be imported, found {type(error).__name__}:"
-            f" {error}; mend it"
-        ) from None
-    class_ = getattr(module, name, None)
-    if not isinstance(class_, type):
-        own = [key for key, one in vars(module).items() if inspect.isclass(one)]
-        raise files.BadInput(
-            f"{path}: expected a class {name}, found {', '.join(own) or 'none'}; name one of them"
-        )
-    return class_
 
 
 # ── Why a call of `fuse` gave up ────────────────────────────────────────────────────────────────
@@ -379,171 +295,6 @@ def _dangling(watch: Watch) -> dict[str, str]:
 
 def _file(name: str) -> str:
     return "notebook cell" if "ipykernel" in name else PurePath(name).name
-
-
-# ── Which call is about which site ──────────────────────────────────────────────────────────────
-
-
-def _verdicts(
-    model: ir.Model,
-    sites: list[graph.Site],
-    made: onnx.ModelProto,
-    watch: Watch,
-    in_functions: bool,
-) -> tuple[list[Verdict], list[Reason]]:
-    """What became of each of `sites`, of `model`, in the graph `made`."""
-    reasons: dict[object, Reason] = {}
-    verdicts = []
-    places = _Places(watch, sites)
-    fused, still = _became(model, sites, made)
-    for number, site in enumerate(sites):
-        verdict = Verdict(site.name, site.layer, number in fused)
-        verdicts.append(verdict)
-        if verdict.fused:
-            continue
-        reason = places.reason(site, in_functions) if number in still else _gone(made)
-        reason = reasons.setdefault(_same(reason), reason)
-        reason.sites.append(number)
-        verdict.reason = list(reasons.values()).index(reason)
-    return verdicts, list(reasons.values())
-
-
-def _became(
-    model: ir.Model, sites: list[graph.Site], made: onnx.ModelProto
-) -> tuple[set[int], set[int]]:
-    """Which of `sites` are one operator in the graph `made`, and which are still there unfused."""
-    found = graph.sites(graph.inline(ir.from_proto(made)))
-    left = {site.node.outputs[0].name for site in found if not site.fused}
-    still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
-    fused = set(range(len(sites))) - still
-    if sum(site.fused for site in found) < len(fused):  # some are neither
-        stand_for = {one for piece in wrong.pieces(model, made) for one in piece.sites}
-        fused = {i for i in fused if i in stand_for or sites[i].fused}
-    return fused, still
-
-
-def _gone(made: onnx.ModelProto) -> Reason:
-    """The reason of a site that the optimizer took away without putting anything in its place."""
-    computed = {name for node in made.graph.node for name in node.output}
-    outputs = [one.name for one in made.graph.output if one.name not in computed]
-    message = "the optimizer took it out of the graph, and put no attention in its place"
-    check = Check("the optimised graph", {"outputs that no node computes": ", ".join(outputs)})
-    return Reason(None, "check", "other_check", check=check, message=message)
-
-
-def _same(reason: Reason) -> object:
-    """What two reasons have in common that are the same for several layers."""
-    attempt = reason.attempt
-    return (
-        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line, reason.message),
-        *(tuple(reason.within), tuple(reason.none), repr(reason.actual)),
-        attempt and (*attempt.expected, len(attempt.matched), *(n.operator for n in attempt.found)),
-        reason.earlier and _same(reason.earlier),
-    )
-
-
-class _Places:
-    """Where the calls of `fuse` that gave up started, to be found from the sites."""
-
-    def __init__(self, watch: Watch, sites: list[graph.Site]) -> None:
-        self.watch = watch
-        self.fusions = ", ".join(watch.anchors)
-        self.anchors = {one for found in watch.anchors.values() for one in found}
-        makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
-        self.calls: dict[str, list[Call]] = {}
-        for call in watch.calls:
-            early = call.fusion.fused_op_type in makes and _near(call)
-            if not call.done and (watch.attends(call.fusion) or early):
-                self.calls.setdefault(call.anchor.output, []).append(call)
-        self.products = {node for s in sites for node in (s.node, s.scores, s.context) if node}
-
-    def reason(self, site: graph.Site, in_functions: bool) -> Reason:
-        own = {node for node in (site.node, site.scores, site.context) if node}
-        touching = self._touching({value.name for node in own for value in node.outputs})
-        call = self._downstream(site, own, touching) or touching
-        if call and self.watch.attends(call.fusion):
-            return call.reason
-        starts = f"it starts from {' or '.join(sorted(self.anchors))}, and there is none after the"
-        if call:  # of an earlier fusion, which should have made the anchor
-            message = f"{starts} site: {call.reason.fusion} did not fire at {call.anchor.operator}"
-            return dataclasses.replace(
-                call.reason,
-                fusion=self.fusions,
-                cause="missing_anchor",
-                message=f"{message} {call.anchor.name} ({call.reason.cause})",
-                earlier=call.reason,
-                sites=[],
-            )
-        if not self.anchors:
-            message = "this optimizer has no fusion that makes an attention, or it is turned off"
-        else:
-            message = f"{starts} site"
-        if in_functions:
-            message += " (the optimizer does not look into the functions of a model)"
-        after = ", ".join(f"{one.op_type} {graph.name(one)}" for one in self._after(site))
-        operands = {
-            **{f"{name}.search_op_types": str(found) for name, found in self.watch.anchors.items()},
-            "after the site": after,
-        }
-        return Reason(
-            self.fusions or None,
-            "check",
-            "missing_anchor",
-            check=Check("search_op_types", operands),
-            message=message,
-        )
-
-    def _after(self, site: graph.Site, number: int = 10) -> list[ir.Node]:
-        """The first nodes after the product with the values, without those that make shapes."""
-        queue, found = deque([site.context or site.node]), []
-        while queue and len(found) < number:
-            users = [user for value in queue.popleft().outputs for user in value.consumers()]
-            new = [one for one in users if one not in found and one.op_type != "Shape"]
-            found += new
-            queue.extend(new)
-        return found[:number]
-
-    def _touching(self, names: set[str]) -> Call | None:
-        """The call that came upon the site's own nodes and got furthest."""
-
-        def touches(call: Call) -> bool:
-            reached = (one.output for a in call.attempts for one in (a.start, *a.matched))
-            return call.anchor.output in names or not names.isdisjoint(reached)
-
-        calls = [c for calls in self.calls.values() for c in calls if self.watch.attends(c.fusion)]
-        return max(filter(touches, calls), key=_progress, default=None)
-
-    def _downstream(
-        self, site: graph.Site, own: set[ir.Node], touching: Call | None
-    ) -> Call | None:
-        """The call that started from the first anchor after the site, before another site."""
-        queue, seen = deque([site.node]), {site.node}
-        while queue:
-            node = queue.popleft()
-            for value in node.outputs:
-                calls = self.calls.get(value.name, [])
-                attending = [call for call in calls if self.watch.attends(call.fusion)]
-                if attending:
-                    return max(attending, key=_progress) if touching not in calls else touching
-                if calls and touching is None:
-                    return calls[-1]
-                for user in value.consumers():
-                    if user not in seen and user not in self.products - own:
-                        seen.add(user)
-                        queue.append(user)
-        return None
-
-
-def _near(call: Call) -> bool:
-    """Whether a call of a fusion of normalisations was about one: it starts from a good many nodes
-    that have nothing to do with them."""
-    return "Normalization" in call.anchor.operator or any(len(a.matched) > 2 for a in call.attempts)
-
-
-def _progress(call: Call) -> tuple[int, int]:
-    """How far a call got: the paths that it found, and the nodes on all of them."""
-    attempts = call.attempts
-    return sum(not one.broke for one in attempts), sum(len(one.matched) for one in attempts)
 
 
 # ── Where it is in the file ─────────────────────────────────────────────────────────────────────

@@ -27,6 +27,8 @@ NORMALIZATIONS = {
     *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
 }
 
+_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
 
 @dataclass
 class Step:
@@ -300,14 +302,28 @@ class Watch:
 
 def _incomplete(inference: Any, raised: bool) -> list[onnx.NodeProto]:
     """The node at which SymbolicShapeInference stopped (it goes through them in their order), or,
-    where it raised, that and the one after it, since either may be at fault."""
+    where it raised, that and the one after it, since either may be at fault; and before them the
+    nodes by which it lost the values of a shape that these read."""
     known, model = getattr(inference, "known_vi_", {}), getattr(inference, "out_mp_", None)
-    last: list[onnx.NodeProto] = []
-    for proto in model.graph.node if model else ():
+    nodes, last = model.graph.node if model else (), []
+    for proto in nodes:
         if any(name and name not in known for name in proto.output):
-            return [*last, proto] if raised else last
+            last = [*last, proto] if raised else last
+            break
         last = [proto]
-    return last
+    made = {name: node for node in nodes for name in node.output}
+    values, lost = getattr(inference, "sympy_data_", {}), []
+    queue, seen = [name for node in last for name in node.input], set()
+    while queue:
+        name = queue.pop()
+        of_integers = name in known and known[name].type.tensor_type.elem_type in _INTEGERS
+        if name in seen or name in values or name not in made or not of_integers:
+            continue
+        seen.add(name)
+        missing = [one for one in made[name].input if one in made and one not in values]
+        lost += [] if missing else [made[name]]
+        queue += missing
+    return [*lost, *last]
 
 
 def _unread(call: Call, error: Exception) -> Reason:

@@ -6,7 +6,9 @@ What became of a mutant is told by the optimizer itself and by running its resul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -144,15 +146,10 @@ FOREIGN = {
 
 def mutants(seed: Seed) -> Iterator[Mutant]:
     """Every fault on every edge of one attention."""
-    for mutant in _mutants(seed):
-        yield dataclasses.replace(mutant, shared=_shared(seed, mutant))
-
-
-def _shared(seed: Seed, mutant: Mutant) -> bool:
-    """Whether the fault is in what both layers read: the mask, say."""
     model = ir.from_proto(seed.proto)
     other = {node.name for node in graph.block(model, graph.sites(model)[1 - LAYER])}
-    return any(name in other for name in mutant.what.split())
+    for mutant in _mutants(seed):
+        yield dataclasses.replace(mutant, shared=not other.isdisjoint(mutant.what.split()))
 
 
 def _mutants(seed: Seed) -> Iterator[Mutant]:
@@ -249,7 +246,7 @@ def _used_elsewhere(
 # ── What became of it ───────────────────────────────────────────────────────────────────────────
 
 
-def _attentions(proto: onnx.ModelProto) -> int:
+def attentions(proto: onnx.ModelProto) -> int:
     return sum(node.op_type == "Attention" for node in proto.graph.node)
 
 
@@ -273,11 +270,14 @@ def outcome(path: Path, mutant: Mutant, opt_level: int) -> str | None:
         expected = outputs(path, mutant.seed.inputs)
     except Exception:  # ONNX Runtime's own types: such a fault is none that a fusion meets
         return None
-    try:
-        made = optimised(path, mutant.seed, opt_level)
-    except Exception:  # any: that is the answer
-        return "raises"
-    if _attentions(made) < 2:
+    made = None
+    with quiet():  # one that raises leaves a temporary folder behind, with a warning
+        with contextlib.suppress(Exception):  # any: that is the answer
+            made = optimised(path, mutant.seed, opt_level)
+        if made is None:
+            gc.collect()
+            return "raises"
+    if attentions(made) < 2:
         return "stops"
     result = path.with_suffix(".optimised.onnx")
     onnx.save(made, result)

@@ -15,6 +15,8 @@ from onnxruntime.quantization import quantize_dynamic
 from helpers import files
 from helpers.explain import explain, what_if
 
+SCHEMA = json.loads((Path(__file__).parent / "explain.schema.json").read_text())
+
 
 def attention(tmp_path, text: str = ATTENTION):
     return write(tmp_path / "a.onnx", text)
@@ -313,6 +315,5 @@ def test_what_if_at_the_other_levels(tmp_path):
 
 def valid(found):
     """`found`, if its JSON is as the schema has it."""
-    schema = json.loads((Path(__file__).parent / "explain.schema.json").read_text())
-    jsonschema.validate(found.to_json(), schema)
+    jsonschema.validate(found.to_json(), SCHEMA)
     return found

@@ -1,0 +1,91 @@
+"""Whose fusion: one of ONNX Runtime's MODEL_TYPES, or a class that a reader wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers import files
+
+
+@contextlib.contextmanager
+def registered(
+    model_type: str | None, fusion: str | type | None
+) -> Iterator[tuple[str, type, tuple[type, ...]]]:
+    """The key of MODEL_TYPES to run, its class, and the fusions to watch besides those known."""
+    from onnxruntime.transformers import optimizer
+
+    types = optimizer.MODEL_TYPES
+    if fusion is None:
+        if model_type not in types:
+            known = ", ".join(sorted(types))
+            raise files.BadInput(f"model type {model_type}: expected one of {known}")
+        yield model_type, types[model_type][0], ()
+        return
+    class_ = loaded(fusion) if isinstance(fusion, str) else fusion
+    bases = {base.__name__ for base in class_.__mro__[1:]}
+    if "OnnxModel" in bases:
+        optimizer_class, also = class_, ()
+    elif "Fusion" in bases:
+        optimizer_class, also = _in_bert(class_, types["bert"][0]), (class_,)
+    else:
+        raise files.BadInput(
+            f"{fusion}: expected a subclass of onnxruntime.transformers' Fusion or OnnxModel,"
+            f" found {class_.__name__} of {', '.join(sorted(bases)) or 'nothing'}; name another"
+        )
+    key = f"{class_.__name__} {id(class_)}"
+    types[key] = (optimizer_class, "pytorch", types["bert"][2])
+    try:
+        yield key, optimizer_class, also
+    finally:
+        del types[key]
+
+
+def _in_bert(fusion: type, bert: type) -> type:
+    """BERT's optimizer with `fusion` in the place of its attention fusion."""
+
+    def fuse_attention(self: Any) -> None:
+        given = {
+            "model": self,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "attention_mask": self.attention_mask,
+        }
+        wanted = inspect.signature(fusion).parameters
+        fusion(**{name: value for name, value in given.items() if name in wanted}).apply()
+
+    return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
+
+
+def loaded(named: str) -> type:
+    """The class that "FILE.py:CLASS" names."""
+    file, _, name = named.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise files.BadInput(
+            f"{named}: expected FILE.py:CLASS, found no file {file or named}; check the path"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no Python file; name one")
+    module = importlib.util.module_from_spec(spec)
+    import onnxruntime.transformers.optimizer  # noqa: F401  its folder is on sys.path from then on
+
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the reader's own code
+        raise files.BadInput(
+            f"{path}: expected a module that can be imported, found {type(error).__name__}:"
+            f" {error}; mend it"
+        ) from None
+    class_ = getattr(module, name, None)
+    if not isinstance(class_, type):
+        own = [key for key, one in vars(module).items() if inspect.isclass(one)]
+        raise files.BadInput(
+            f"{path}: expected a class {name}, found {', '.join(own) or 'none'}; name one of them"
+        )
+    return class_
