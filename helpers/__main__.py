@@ -83,7 +83,8 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         found = explain.explain(path, opt_level=level, parity=parity, **choice)
         if arguments.what_if:
             levels = [one for one in explain.LEVELS if one != level]
-            found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+            with contextlib.redirect_stdout(sys.stderr):  # its progress
+                found.what_if = explain.what_if(path, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, found)
     status = FAILED if found.parity and not found.parity.held else DONE

@@ -14,23 +14,35 @@ STEPS = 20_000  # of the search for a path, at the most
 
 
 class Nearest(NamedTuple):
-    """A path in the graph, and how much it differs from the one that was asked for."""
+    """A path in the graph, and how much it differs from the one that was asked for. `aside` is
+    whether it leaves the nodes that were matched: any input would do, and another was taken."""
 
     cost: float
     operators: list[str]
     inputs: list[int]
+    aside: bool = False
 
 
 def nearest(attempt: Attempt, made: dict[str, onnx.NodeProto]) -> Nearest | None:
-    """The path that the graph has from the attempt's start, through what matched, to an operator of
-    the kind wanted last; None where none is near. `made` has the nodes by output.
+    """The path that the graph has from the attempt's start to an operator of the kind wanted last;
+    None where none is near. `made` has the nodes by output.
 
     Of all such paths the one that needs fewest changes of what was expected: an operator more costs
-    1, one less costs 1, another input than expected a little (Dijkstra on the edit distance).
+    1, one less costs 1, another input than expected a little (Dijkstra on the edit distance). It
+    goes through the nodes that matched, unless any input would do and another fits much better.
     """
     if attempt.down:
         return None
-    matched, wanted = len(attempt.matched), attempt.expected
+    through = _nearest(attempt, made, len(attempt.matched))
+    if None in attempt.inputs[: len(attempt.matched)]:
+        other = _nearest(attempt, made, 0)
+        if other and (through is None or other.cost + 0.5 < through.cost):
+            return other._replace(aside=True)
+    return through
+
+
+def _nearest(attempt: Attempt, made: dict[str, onnx.NodeProto], matched: int) -> Nearest | None:
+    wanted = attempt.expected
     fixed = [one.output for one in attempt.matched]
     queue: list[tuple[float, int, int, str, tuple]] = [(0, 0, 0, attempt.start.output, ())]
     seen, tie = set(), 0
@@ -74,6 +86,8 @@ def cause(attempt: Attempt, near: Nearest | None, made: dict[str, onnx.NodeProto
         return "used_elsewhere" if len(attempt.found) > 1 else "extra_node"
     at = made.get(attempt.at.output)
     others = [made[name] for name in (at.input if at is not None else ()) if name in made]
+    if near and near.aside:
+        return "operand_order"
     if index is not None and any(one.op_type == wanted for one in others):
         return "operand_order"
     if near is None or near.cost >= 3:

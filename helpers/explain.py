@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Mapping
@@ -164,7 +163,7 @@ def what_if(
     rows = []
     for label, path in named.items():
         for level in opt_levels:
-            print(f"{label} at opt_level {level} …", file=sys.stderr)
+            print(f"{label} at opt_level {level} …", flush=True)
             found = explain(path, model_type, opt_level=level, parity=True, **choice)
             fused = sum(site.fused for site in found.sites)
             rows.append(

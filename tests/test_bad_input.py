@@ -136,7 +136,12 @@ def test_a_bad_model_is_one_line(kind, tmp_path, capfd):
     good, path = write(tmp_path / "good.onnx"), write(folder / "bad.onnx")
     damage, said = BAD[kind]
     damage(path)
-    for arguments in (["inspect", path], ["compare", good, path], ["view", path, "--json"]):
+    for arguments in (
+        ["inspect", path],
+        ["compare", good, path],
+        ["view", path, "--json"],
+        ["explain", path, "--model-type", "bert"],
+    ):
         line = refused(capfd, tmp_path, *arguments)
         assert line.startswith(f"{path}: expected ")
         with pytest.raises(files.BadInput, match=said):
@@ -305,7 +310,7 @@ def good(tmp_path_factory):
 
 @ANY
 @given(
-    command=st.sampled_from(["inspect", "compare"]),
+    command=st.sampled_from(["inspect", "compare", "explain"]),
     end=st.none() | st.floats(0, 1),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), max_size=8),
 )
@@ -318,7 +323,8 @@ def test_damaged_models(good, tmp_path, capfd, command, end, flips):
     path = tmp_path / "damaged.onnx"
     path.write_bytes(damaged)
     before, start = listing(tmp_path), time.monotonic()
-    status = main([command, str(path), *([str(path)] if command == "compare" else []), "--json"])
+    more = {"compare": [str(path)], "explain": ["--model-type", "bert"]}.get(command, [])
+    status = main([command, str(path), *more, "--json"])
     printed = capfd.readouterr()
     assert time.monotonic() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 * 2**20  # KiB

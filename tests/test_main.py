@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import jsonschema
 import numpy as np
 import pytest
 from graphs import ATTENTION, write
+from test_explain import SCHEMA
 
 from helpers.__main__ import main
 
@@ -93,3 +95,67 @@ def test_runs_as_a_module(tmp_path):
     )
     assert json.loads(run.stdout)["nodes"] == 22
     assert run.stderr == ""
+
+
+EXPLAIN = ("--model-type", "bart", "--num-heads", "2", "--hidden-size", "8", "--opt-level", "0")
+
+
+def test_explain_json_is_one_document(tmp_path, capsys):
+    path = write(tmp_path / "a b é.onnx")
+    assert main(["explain", str(path), *EXPLAIN, "--json", "--what-if", "--parity"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, SCHEMA)
+    (reason,) = answer["reasons"]
+    assert (reason["at"], reason["found"], reason["cause"]) == (
+        "n_softmax",
+        "n_scale",
+        "extra_node",
+    )
+    assert answer["parity"]["held"]
+    assert [row["opt_level"] for row in answer["what_if"]] == [1, 2, 99]
+
+
+def test_explain_text_and_what_is_around_the_break(tmp_path, capsys):
+    path, cut = write(tmp_path / "a.onnx"), tmp_path / "cut.onnx"
+    assert main(["explain", str(path), *EXPLAIN, "--save", str(cut)]) == 0
+    text = capsys.readouterr().out
+    assert "BartOnnxModel: 1 site, 0 fused, 1 reason" in text
+    assert len(text.splitlines()) <= 40
+    assert main(["inspect", str(cut), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["operators"]["Softmax"] == 1
+
+
+def test_explain_fails_with_status_1_where_a_fusion_is_wrong(tmp_path, capsys):
+    """FusionAttention takes the scale to be that of the heads' width, whatever the graph has."""
+    text = ATTENTION.replace("Add (bq, q0)", "Add (q0, bq)").replace(
+        "[n_k_heads] k1 = Reshape (k0, heads)",
+        "[n_kb] kb = Add (k0, bv) [n_k_heads] k1 = Reshape (kb, heads)",
+    )
+    path = write(tmp_path / "a.onnx", text.replace("Mul (s0, half)", "Div (s0, half)"))
+    options = ("--model-type", "bert", "--num-heads", "2", "--hidden-size", "8", "--opt-level", "0")
+    assert main(["explain", str(path), *options, "--json", "--parity"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert [(s["fused"], s["wrong"]) for s in answer["sites"]] == [(True, True)]
+    assert not answer["parity"]["held"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--model-type", "brat"), "model type brat: expected one of bart, bert, "),
+        ((*EXPLAIN[:2], "--num-heads", "3", "--hidden-size", "8"), "multiple of the 3 heads"),
+        ((), "one of the arguments --model-type --fusion --rules is required"),
+        (("--fusion", "none.py:A"), "none.py:A: expected FILE.py:CLASS, found no file"),
+    ],
+)
+def test_explain_refuses_bad_options(tmp_path, capsys, given, message):
+    path = str(write(tmp_path / "a.onnx"))
+    try:
+        status = main(["explain", path, *given])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
