@@ -79,20 +79,11 @@ class _Function:
 
     def assigned(self, name: str, line: int) -> list[ast.stmt]:
         """The statements that give the variable `name` its value, up to `line`, last first."""
-        found = []
-        for one in self.statements:
-            targets = one.targets if isinstance(one, ast.Assign) else [getattr(one, "target", None)]
-            names = {n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)}
-            grows = (
-                isinstance(one, ast.Expr)
-                and isinstance(one.value, ast.Call)
-                and isinstance(one.value.func, ast.Attribute)
-                and one.value.func.attr in ("append", "extend", "add", "update")
-                and isinstance(one.value.func.value, ast.Name)
-                and one.value.func.value.id == name
-            )
-            if (name in names or grows) and one.lineno <= line:
-                found.append(one)
+        found = [
+            one
+            for one in self.statements
+            if one.lineno <= line and any(name in _names(target) for target in _targets(one))
+        ]
         return sorted(found, key=lambda one: -one.lineno)
 
 
@@ -105,7 +96,25 @@ def _function(code: CodeType) -> _Function | None:
 
 
 def _names(node: ast.AST) -> list[str]:
-    return [one.id for one in ast.walk(node) if isinstance(one, ast.Name)]
+    """The variables that `node` reads, those of `self` as "self.NAME"."""
+    found = []
+    for one in ast.walk(node):
+        if isinstance(one, ast.Attribute) and getattr(one.value, "id", "") == "self":
+            found.append(f"self.{one.attr}")
+        elif isinstance(one, ast.Name) and one.id != "self":
+            found.append(one.id)
+    return found
+
+
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    """What a statement gives values to: by assignment, in a loop, or by growing it."""
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    grows = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+    if grows and call.func.attr in ("append", "extend", "add", "update"):
+        return [call.func.value]
+    return [statement.target] if hasattr(statement, "target") else []
 
 
 def _called(node: ast.AST) -> set[str]:
@@ -114,12 +123,14 @@ def _called(node: ast.AST) -> set[str]:
 
 
 def _missing(value: Any) -> bool:
-    """Whether a value says that nothing was found."""
+    """Whether a value says that nothing was found, or not all of it."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, tuple):
         return any(_missing(one) for one in value)
-    if isinstance(value, (bool, int, str, list)):
-        return value is False or value in (-1, "") or value == []
-    return value is None
+    if isinstance(value, list):
+        return not value or any(one is None for one in value)
+    return value is None or value is False or (isinstance(value, (int, str)) and value in (-1, ""))
 
 
 def _progress(step: Step) -> int:
@@ -132,7 +143,7 @@ def _right(statement: ast.stmt) -> list[ast.expr]:
     if isinstance(statement, ast.For):
         return [statement.iter]
     if isinstance(statement, ast.Expr):
-        return statement.value.args
+        return statement.value.args if isinstance(statement.value, ast.Call) else []
     return [statement.value] if getattr(statement, "value", None) else []
 
 
@@ -157,6 +168,12 @@ class _Reader:
             return eval(compile(ast.Expression(node), "<operand>", "eval"), names)
         except Exception as error:  # an operand that was not reached when the test said no
             raise ValueError(str(error)) from None
+
+    def get(self, name: str) -> Any:
+        """The value of a variable as `_names` gives it; of one that has none, something."""
+        if name.startswith("self."):
+            return getattr(self.step.local.get("self"), name[5:], "something")
+        return self.step.local.get(name, "something")
 
     def decided(self, test: ast.expr, outcome: bool) -> list[ast.expr]:
         """Those conditions of `test` that made it come out as it did."""
@@ -195,18 +212,24 @@ class _Reader:
                     continue  # the `else`, or an `elif`, of this one
                 if not (isinstance(outer, ast.If) and outer.orelse == [around]):
                     break
-            if not leaves:  # at the function's top: what came just before it decided
+            if not leaves:  # at the function's top, or a loop's `else`: what came before decided
                 statement = self._before(statement)
         if isinstance(statement, ast.If) and (end or not leaves):
             leaves = self._last(statement)
-        elif end and isinstance(statement, (ast.For, ast.While)):
+        elif isinstance(statement, (ast.For, ast.While)) and (end or not leaves):
             ifs = [one for one in ast.walk(statement) if isinstance(one, ast.If)]
             leaves = [one.test for one in ifs] or _right(statement)
-        elif end and isinstance(statement, ast.Expr):  # what it called in turn
-            leaves = [one.value for one in self.function.statements if isinstance(one, ast.Expr)]
+        elif end and self._calls(statement):  # what it called in turn
+            leaves = [one.value for one in self.function.statements if self._calls(one)]
         elif end:
             leaves = [one.test for one, _ in self.function.around(statement)]
         return statement, leaves, end
+
+    def _calls(self, statement: ast.stmt | None) -> bool:
+        """Whether a statement only calls a function that was recorded."""
+        lines = range(statement.lineno, statement.end_lineno + 1) if statement else ()
+        called = any(one.called_at in lines for one in self.step.inner)
+        return called and isinstance(statement, ast.Expr)
 
     def _last(self, statement: ast.If) -> list[ast.expr]:
         leaves = []
@@ -217,9 +240,12 @@ class _Reader:
             statement = statement.orelse[0]
 
     def _before(self, statement: ast.stmt) -> ast.stmt:
+        outer = self.function.parent[statement]
+        if isinstance(outer, (ast.For, ast.While)) and statement in outer.orelse:
+            return outer
         body = next(
             block
-            for _, block in ast.iter_fields(self.function.parent[statement])
+            for _, block in ast.iter_fields(outer)
             if isinstance(block, list) and statement in block
         )
         earlier = [
@@ -239,7 +265,7 @@ class _Reader:
         if self.function is None:
             self._last_group(answer)
             return answer
-        only_called = end and isinstance(statement, ast.Expr)
+        only_called = end and self._calls(statement)
         level = [(one, True) for one in (*self._returned(statement), *leaves)]
         seen: set[str] = set()
         for _ in range(DEPTH + 1):
@@ -249,15 +275,18 @@ class _Reader:
             empty = [one for one, is_empty in level if is_empty]
             names = [name for one in empty for name in _names(one) if name not in seen]
             names = list(dict.fromkeys(names))
-            if self._paths(names, answer) or self._inner(names, empty, answer, only_called):
+            asked = self._asked(empty)
+            if self._paths(names, answer, asked) or self._inner(names, empty, answer, only_called):
                 break
             names = [name for one, _ in level for name in _names(one) if name not in seen]
             seen.update(names)
             level = [
-                (expression, _missing(self.step.local.get(name, 0)))
+                (expression, _missing(self.get(name)))
                 for name in dict.fromkeys(names)
                 for expression in self._sources(name)
             ]
+        if not answer.broken and not answer.operands:
+            self._last_group(answer)
         asked = [id(attempt) for _, attempt in step.attempts]
         if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
             answer.broken.sort(key=lambda one: asked.index(id(one)))
@@ -272,20 +301,21 @@ class _Reader:
 
     def _sources(self, name: str) -> list[ast.expr]:
         """What the variable `name` was made from; where it stayed empty, what that depended on."""
-        if name not in self.step.local or name == "self":
-            return []
-        value, statements = self.step.local[name], self.function.assigned(name, self.step.line)
-        if isinstance(value, bool) and statements and isinstance(statements[0], ast.Assign):
-            return self.decided(statements[0].value, value)
+        value, statements = self.get(name), self.function.assigned(name, self.step.line)
+        condition = _right(statements[0])[0] if statements and _right(statements[0]) else None
+        if isinstance(value, bool) and isinstance(
+            condition, (ast.BoolOp, ast.Compare, ast.UnaryOp)
+        ):
+            return self.decided(condition, value)
         found = [one for statement in statements for one in _right(statement)]
-        if _missing(self.step.local[name]):
+        if _missing(value):
             ifs = [one for s in statements for one, _ in self.function.around(s)]
             found += [one.test for one in ifs]
         return found
 
     def _broken(self, name: str) -> list[Attempt]:
         """The attempts for the variable `name` since it last was found, if it was not then."""
-        if not _missing(self.step.local.get(name, 0)):
+        if not _missing(self.get(name)):
             return []
         found: list[Attempt] = []
         for line, attempt in self.step.attempts:
@@ -299,32 +329,45 @@ class _Reader:
         if self.function is None:
             return None
         statement = self.function.at(line)
-        if not isinstance(statement, ast.Assign):
-            return None
-        target = statement.targets[0]
+        for one in ast.walk(statement):
+            if isinstance(one, ast.NamedExpr) and one.lineno <= line <= one.end_lineno:
+                return one.target.id
+        targets = [] if isinstance(statement, (ast.For, ast.While)) else _targets(statement)
+        target = targets[0] if targets else None
         if isinstance(target, ast.Tuple) and len(target.elts) == 3:
             target = target.elts[1]  # match_parent_paths returns which, the nodes, the inputs
-        return target.id if isinstance(target, ast.Name) else None
+        while isinstance(target, ast.Subscript):
+            target = target.value
+        names = _names(target) if isinstance(target, (ast.Name, ast.Attribute)) else []
+        return names[0] if names else None
 
-    def _paths(self, names: list[str], answer: GaveUp) -> bool:
-        """Add the attempts that left `names` empty, and those for what these would be made from."""
+    def _asked(self, expressions: list[ast.expr]) -> list[Attempt]:
+        """The attempts that `expressions` themselves made, and that broke."""
+        spans = [range(one.lineno, one.end_lineno + 1) for one in expressions]
+        asked = [one for line, one in self.step.attempts if any(line in span for span in spans)]
+        return [one for one in asked if one.broke]
+
+    def _paths(self, names: list[str], answer: GaveUp, asked: list[Attempt]) -> bool:
+        """Add the attempts that left `names` empty, and those for what these would be made from;
+        or else those that were `asked` where nothing was kept."""
         seen: set[str] = set()
         while names:
             for name in names:
                 broken = self._broken(name)
                 answer.broken += broken
-                answer.none += [name] if broken and self.step.local.get(name) is None else []
+                answer.none += [name] if broken and self.get(name) is None else []
             seen.update(names)
             if not answer.broken:
-                return False
+                break
             below = [
                 one
                 for name in names
-                if _missing(self.step.local.get(name, 0))
+                if _missing(self.get(name))
                 for expression in self._sources(name)
                 for one in _names(expression)
             ]
             names = list(dict.fromkeys(one for one in below if one not in seen))
+        answer.broken = answer.broken or asked
         return bool(answer.broken)
 
     def _inner(
@@ -333,7 +376,7 @@ class _Reader:
         """Go on in a function that was called for one of `names`, or in a condition."""
         lines = [range(one.lineno, one.end_lineno + 1) for one in level]
         for name in names:
-            if _missing(self.step.local.get(name, 0)):
+            if _missing(self.get(name)):
                 lines += [
                     range(one.lineno, one.end_lineno + 1)
                     for one in self.function.assigned(name, self.step.line)

@@ -184,6 +184,57 @@ def test_a_fusion_without_source_is_explained_by_its_paths(tmp_path):
     assert [one.name for one in reason.attempt.found] == ["n_scale"]
 
 
+MATCH = 'self.model.match_parent_path(node, ["Div", "MatMul"], [0, 0])'
+
+STYLES = {
+    "walrus": f"if (found := {MATCH}) is None: return",
+    "in the condition": f"if {MATCH} is None: return",
+    "not": f"if not {MATCH}: return",
+    "one step": "if self.model.match_parent(node, 'Div', 0) is None:\n    return",
+    "attribute": f"self.found = {MATCH}\nif self.found is None:\n    return",
+    "nested": f"found = {MATCH}\nif found is not None:\n    if len(found) == 2: self.done()",
+    "loop": f"for _ in '12':\n    found = {MATCH}\n    if found:\n        break\nelse:\n    return",
+    "list": f"found = [{MATCH} for _ in '12']\nif any(one is None for one in found):\n    return",
+    "dict": f"found = {{one: {MATCH} for one in 'ab'}}\nif None in found.values():\n    return",
+    "kept in a list": f"found = []\nfound.append({MATCH})\nif found[0] is None:\n    return",
+    "flag": f"ok = True\nif {MATCH} is None:\n    ok = False\nif not ok:\n    return",
+    "function": f"def ask():\n    return {MATCH}\nfound = ask()\nif not found:\n    return",
+    "method": "found = self.ask(node)\nif found is None:\n    return",
+    "passed on": "self.ask(node)",
+    "paths": "_, found, _ = self.model.match_parent_paths(node, [(['Div'], [0])], parents)\n"
+    "if found is None:\n    return",
+    "word at the end": f"found = {MATCH}\nif found:\n    self.done()\nelse:\n    print('no')",
+    "try": f"try:\n    a, b = {MATCH}\nexcept TypeError:\n    return",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ways_to_write_a_fusion(tmp_path, style):
+    """However the code keeps and tests what it asked for, the node in the way is found."""
+    lines = STYLES[style].split("\n")
+    text = f"""
+from fusion_base import Fusion
+
+class Own(Fusion):
+    def __init__(self, model):
+        super().__init__(model, "Attention", "Softmax")
+
+    def ask(self, node):
+        found = {MATCH}
+        if found is None:
+            return None
+        return found
+
+    def fuse(self, node, children, parents):
+        value = self.model.match_parent_path(node, ["Mul"], [0])
+"""
+    text += "".join(f"        {line}\n" for line in lines)
+    (tmp_path / "own.py").write_text(text)
+    (reason,) = explain(attention(tmp_path), fusion=f"{tmp_path}/own.py:Own", **options()).reasons
+    assert reason.attempt.expected[0] == "Div"
+    assert [one.name for one in reason.attempt.found] == ["n_scale"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
