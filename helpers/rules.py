@@ -15,7 +15,6 @@ import inspect
 import itertools
 import linecache
 import sys
-import textwrap
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,8 @@ import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import _matcher, _pattern_ir, _rewrite_rule, ort_fusions, pattern
 
-from helpers import graph
+from helpers import conditions, graph
+from helpers.quiet import quiet
 from helpers.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
 
 # The modules of ort_fusions whose rules make an attention operator, or a step towards it.
@@ -86,20 +86,11 @@ class _Failure:
     missing: list[_pattern_ir.NodePattern]
     message: str
     sources: list[ir.Node | ir.Value]
+    swapped: bool = False  # what would match is the node's other operand
 
     @property
     def rank(self) -> tuple[float, int]:
         return len(set(self.nodes)) + (0 if self.missing else 0.5), len(self.path)
-
-
-@dataclass
-class _Call:
-    """A call of a rule's own code, or of a function that it called in its line `called`."""
-
-    frame: FrameType
-    called: int
-    line: int = 0  # where it returned or raised
-    calls: list[_Call] = field(default_factory=list)
 
 
 @dataclass
@@ -113,7 +104,7 @@ class _Try:
     nodes: Sequence[ir.Node] = ()  # that matched
     outputs: Sequence[ir.Value] = ()  # of the whole pattern, once it matched
     match: Any = None
-    call: _Call | None = None  # the last of `check` or `rewrite`
+    call: conditions.Call | None = None  # the last of `check` or `rewrite`
 
 
 def _is_one(node: ir.Node, wanted: Iterable[_pattern_ir.NodePattern]) -> bool:
@@ -141,7 +132,7 @@ class Watch:
         self._watched = watched
         self._try: _Try | None = None
         self._order = itertools.count()
-        self._open: list[_Call] = []  # calls of a rule's code that are running
+        self._open: list[conditions.Call] = []  # calls of a rule's code that are running
 
     def __enter__(self) -> Watch:
         matcher, rule = _matcher.SimplePatternMatcher, _rewrite_rule.RewriteRule
@@ -200,7 +191,7 @@ class Watch:
 
     def _gave_up(self, tried: _Try) -> None:
         """Keep the try for the sites that it was about."""
-        failure = max(tried.failures, key=lambda one: one.rank, default=None)
+        failure = _furthest(tried) if tried.failures else None
         tried.nodes = tried.nodes or (failure.nodes if failure else [])
         roles = self._roles_of([tried.root, *tried.nodes])
         if not roles or not (tried.nodes or max(roles.values()) >= _WEIGHTS):
@@ -281,7 +272,7 @@ class Watch:
             caller.f_code.co_name not in ("wrapped", "get_replacement")
         ):
             return None
-        call = _Call(frame, caller.f_lineno)
+        call = conditions.Call(frame, caller.f_lineno)
         if self._open:
             self._open[-1].calls.append(call)
         else:
@@ -302,12 +293,7 @@ class Watch:
     def _missing(self, tried: _Try, failure: _Failure) -> tuple[Reason, Attempt]:
         """An operator of the pattern was not there."""
         names, step, found = self._names, failure.step, failure.step.node
-        alike = [
-            one.missing
-            for one in tried.failures
-            if one.step.there is step.there and len(one.path) == len(failure.path) and one.missing
-        ]
-        operators = dict.fromkeys(str(one.op) for missing in alike for one in missing)
+        operators = dict.fromkeys(str(one.op) for one in failure.missing)
         path = [one.there for one in failure.path]
         attempt = Attempt(
             names.node(tried.root),
@@ -317,9 +303,8 @@ class Watch:
             [names.node(node) for node in path[1:]],
             [names.node(found)] if found is not None else [],
         )
-        wanted = [one for missing in alike for one in missing]
-        further = _way(found, wanted) if found is not None and path else None
-        reason = self._reason(tried, "path", _cause(failure, wanted, further), found, failure)
+        further = _way(found, failure.missing) if found is not None and path else None
+        reason = self._reason(tried, "path", _cause(failure, further), found, failure)
         reason.attempt = attempt
         if further:
             way = [*zip(attempt.expected, attempt.inputs, strict=True)][:-1]
@@ -362,9 +347,9 @@ class Watch:
             reason.cause = "used_elsewhere"
             source, operands = match.reason, _uses(tried)
         else:
-            source, operands, reason.within = _decided(call)
+            source, operands, reason.within = conditions.decided(call)
             code, reason.line = call.frame.f_code, call.line
-            reason.file = _file(code)
+            reason.file = conditions.file_of(code)
             reason.source = linecache.getline(code.co_filename, call.line).strip()
             reason.cause = _cause_of_check(operands)
         blamed = [one for one in blamed if not any(one is other for other in operands.values())]
@@ -391,7 +376,7 @@ class Watch:
         if failure and not wanted and failure.path:
             wanted = failure.path[-1].wanted
         if written is not None:
-            reason.file = _file(written)
+            reason.file = conditions.file_of(written)
             reason.line, reason.source = _line(written, wanted[0] if wanted else None)
         if node is not None:
             reason.origin = graph.origin(node)
@@ -492,25 +477,10 @@ def _written(rule: pattern.RewriteRule) -> CodeType | None:
     return getattr(inspect.unwrap(function), "__code__", None)
 
 
-def _file(code: CodeType) -> str:
-    return "notebook cell" if "ipykernel" in code.co_filename else PurePath(code.co_filename).name
-
-
-@functools.cache
-def _syntax(code: CodeType) -> ast.Module | None:
-    """The source of a function, with the line numbers of its file; None where there is none."""
-    try:
-        lines, start = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):  # written in a shell; a lambda within an expression
-        return None
-    return ast.increment_lineno(tree, start - 1)
-
-
 def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, str]:
     """Where a pattern builds the node `wanted`: the call that has most in common with it."""
     best, line = -1, code.co_firstlineno
-    for call in ast.walk(_syntax(code) or ast.Module([])):
+    for call in ast.walk(conditions.syntax(code) or ast.Module([])):
         if wanted is None or not isinstance(call, ast.Call):
             continue
         if isinstance(call.func, ast.Attribute) and call.func.attr == str(wanted.op):
@@ -529,74 +499,45 @@ def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, 
     return line, linecache.getline(code.co_filename, line).strip()
 
 
-def _decided(call: _Call) -> tuple[str, dict[str, Any], list[str]]:
-    """The condition that made a rule's code give up, its operands by their expressions, and where
-    functions that it called had said no before."""
-    frame, tree = call.frame, _syntax(call.frame.f_code)
-    around = [
-        one
-        for one in (ast.walk(tree) if tree else ())
-        if isinstance(one, ast.stmt) and one.lineno <= call.line <= one.end_lineno
-    ]
-    if not around:
-        source = linecache.getline(frame.f_code.co_filename, call.line).strip()
-        return source, dict(frame.f_locals), []
-    statement = condition = around[-1]  # the innermost, since ast.walk goes by depth
-    if isinstance(statement, ast.If | ast.While):
-        condition = statement.test
-    elif isinstance(statement, ast.Raise) or _says_no(statement):
-        tests = [one.test for one in around if isinstance(one, ast.If | ast.While)]
-        condition = tests[-1] if tests else statement
-    targets = [one.target for one in around if isinstance(one, ast.For)]
-    parts = [condition, *targets]
-    if not isinstance(statement, ast.If | ast.While):
-        parts.append(statement)
-    operands = {text: value for part in parts for text, value in _operands(part, frame) if text}
-    within: list[str] = []
-    lines = range(condition.lineno, condition.end_lineno + 1)
-    inner = [one for one in call.calls if one.called in lines]
-    if inner:
-        source, more, deeper = _decided(inner[-1])
-        code = inner[-1].frame.f_code
-        within = [f"{_file(code)}:{inner[-1].line} in {code.co_name}: {source}", *deeper]
-        operands |= {text: value for text, value in more.items() if text not in operands}
-    return ast.unparse(condition), operands, within
-
-
-def _says_no(statement: ast.stmt) -> bool:
-    """Whether it returns a constant, or what `MatchResult.fail` does: the test is around it."""
-    if not isinstance(statement, ast.Return):
-        return False
-    value = statement.value
-    fails = isinstance(value, ast.Call) and getattr(value.func, "attr", None) == "fail"
-    return value is None or fails or isinstance(value, ast.Constant)
-
-
-def _operands(part: ast.AST, frame: FrameType) -> Iterator[tuple[str, Any]]:
-    """Names, attributes and items that `part` reads, with their values; nothing is called."""
-    if isinstance(part, ast.Call):
-        inner = [part.func.value] if isinstance(part.func, ast.Attribute) else []
-        inner += [*part.args, *(word.value for word in part.keywords)]
-    elif isinstance(part, ast.Name | ast.Attribute | ast.Subscript):
-        text, inner = ast.unparse(part), []
-        expression = ast.parse(text, mode="eval")
-        if any(isinstance(one, ast.Call) for one in ast.walk(expression)):
-            inner = list(ast.iter_child_nodes(part))
-        else:
-            try:
-                value = eval(compile(expression, "", "eval"), frame.f_globals, frame.f_locals)
-            except Exception:  # a name without a value yet, an item that is not there
-                return
-            tools = callable(value) or inspect.ismodule(value)
-            if text != "self" and not tools and not isinstance(value, pattern.MatchResult):
-                yield text, value
-    else:
-        inner = list(ast.iter_child_nodes(part))
-    for one in inner:
-        yield from _operands(one, frame)
-
-
 # ── Causes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _furthest(tried: _Try) -> _Failure:
+    """The failure that most nodes matched before, with all operators that would have done there.
+
+    If at a node on the way the other operand would match, that is where it failed.
+    """
+    failure = max(tried.failures, key=lambda one: one.rank)
+    for i, (reader, step) in enumerate(itertools.pairwise([*failure.path, failure.step])):
+        wanted, values = reader.pattern.inputs[step.index], reader.there.inputs
+        operators = _operators(wanted)
+        if len(values) == 2 and operators and values[0] is not values[1]:
+            other = values[1 - step.index]
+            if other is not None and _fits(tried, wanted, other):
+                here = _Step(wanted, values[step.index], step.index)
+                path = failure.path[: i + 1]
+                message = "its other operand would match"
+                return _Failure(path, here, failure.nodes, operators, message, [], swapped=True)
+    if failure.missing:
+        alike = (one for one in tried.failures if one.step.there is failure.step.there)
+        failure.missing = [one for other in alike for one in other.missing]
+    return failure
+
+
+def _operators(wanted: _pattern_ir.ValuePattern) -> list[_pattern_ir.NodePattern]:
+    """The nodes of which one must compute the value; none where another value would do too."""
+    if isinstance(wanted, _pattern_ir.BacktrackingOr):
+        choices = [_operators(one) for one in wanted._values]
+        return [one for choice in choices for one in choice] if all(choices) else []
+    return _Step(wanted, None).wanted
+
+
+def _fits(tried: _Try, wanted: _pattern_ir.ValuePattern, value: ir.Value) -> bool:
+    """Whether `value` matches a part of the rule's pattern by itself."""
+    matcher = _matcher.SimplePatternMatcher(tried.rule._target_pattern)
+    matcher._init_match(0)
+    matcher._graph = tried.root.graph
+    return bool(matcher._match_value(wanted, value))
 
 
 def _way(
@@ -614,18 +555,16 @@ def _way(
     return None
 
 
-def _cause(failure: _Failure, wanted: list, further: list | None) -> str:
+def _cause(failure: _Failure, further: list | None) -> str:
     """The cause class of an operator that was not there; `further`: it is up this way."""
-    if all(str(one.domain) == _TEMPORARY for one in wanted):
-        return "missing_anchor"
-    reader = failure.path[-1].there if failure.path else None
-    others = (v.producer() for v in reader.inputs if v is not None) if reader else ()
-    if any(_is_one(one, wanted) for one in others if one is not None):
+    if failure.swapped:
         return "operand_order"
+    if all(str(one.domain) == _TEMPORARY for one in failure.missing):
+        return "missing_anchor"
     if further:
         return "extra_node"
     found = failure.step.node
-    above = [v.producer() for one in wanted for v in one.inputs if v is not None]
+    above = [one.producer() for node in failure.missing for one in node.inputs if one is not None]
     if found is None or _is_one(found, [one for one in above if one is not None]):
         return "missing_node"
     return "other_operator"
@@ -701,24 +640,16 @@ def _roles(sites: list[graph.Site]) -> dict[ir.Node, dict[int, int]]:
     return roles
 
 
-def _file_names(path: Path) -> tuple[set[str], set[str]]:
-    """The names of all nodes, and of all tensors, that the file has."""
-    proto = onnx.load(path, load_external_data=False)
-    nodes: set[str] = set()
-    tensors: set[str] = set()
-    queue: list[Any] = [proto.graph, *proto.functions]
-    while queue:
-        one = queue.pop()
-        if isinstance(one, onnx.GraphProto):
-            named = (*one.initializer, *one.input, *one.output)
-            tensors.update(tensor.name for tensor in named)
-        else:
-            tensors.update(one.input)
-        for node in one.node:
-            nodes.add(node.name)
-            tensors.update(node.output)
-            queue += [a.g for a in node.attribute if a.HasField("g")]
-            queue += [inner for a in node.attribute for inner in a.graphs]
+def _file_names(inside: onnx.GraphProto | onnx.FunctionProto) -> tuple[set[str], set[str]]:
+    """The names of the nodes and of the tensors in a graph and in those inside of it."""
+    nodes = {node.name for node in inside.node}
+    tensors = {name for node in inside.node for name in node.output}
+    if isinstance(inside, onnx.GraphProto):
+        tensors |= {one.name for one in (*inside.input, *inside.initializer)}
+    attributes = [one for node in inside.node for one in node.attribute]
+    for graph_ in [one.g for one in attributes if one.HasField("g")]:
+        inner = _file_names(graph_)
+        nodes, tensors = nodes | inner[0], tensors | inner[1]
     return nodes - {""}, tensors - {""}
 
 
@@ -751,10 +682,11 @@ def explain(path: str | Path, rules: Any = None) -> Explanation:
     ``optimize_for_ort`` applies, in its course. A site is fused if an operator of `graph.FUSED`
     takes its place. Raises TypeError on other `rules`; what the rules' code raises is a reason.
     """
-    from helpers.export import quiet
-
     chosen = None if rules is None else _rule_set(rules)
-    names = _file_names(Path(path))
+    proto = onnx.load(path, load_external_data=False)
+    names = [_file_names(one) for one in (proto.graph, *proto.functions)]
+    names = tuple(set().union(*one) for one in zip(*names, strict=True))
+    del proto  # it may hold the weights
     model = graph.load(path)
     sites = graph.sites(model)
     watch = Watch(sites, names, _is_attention if chosen is None else chosen.rules.__contains__)
@@ -785,7 +717,7 @@ def explain(path: str | Path, rules: Any = None) -> Explanation:
         verdicts.append(verdict)
         if verdict.fused:
             continue
-        reason = failed or _best(watch, i)
+        reason = failed or _best(watch, i, left)
         number, reason = reasons.setdefault(_key(reason), (len(reasons), reason))
         reason.sites.append(i)
         verdict.reason = number
@@ -793,18 +725,26 @@ def explain(path: str | Path, rules: Any = None) -> Explanation:
     return Explanation(optimizer, verdicts, [reason for _, reason in reasons.values()])
 
 
-def _best(watch: Watch, site: int) -> Reason:
+def _best(watch: Watch, site: int, left: set[ir.Node]) -> Reason:
     """Why the rule that got furthest on the site did not fuse it."""
     tries = sorted(watch.tries[site], key=lambda one: one[0], reverse=True)
-    if not tries:
-        reason = Reason(watch.fired.get(site), "none", "unsupported_form")
-        if reason.fusion:
-            reason.message = f"{reason.fusion} fired, and no rule made an attention operator of it"
+    if tries:
+        reason = tries[0][1]
+        others = {
+            attempt.variable: attempt
+            for rank, _, attempt in reversed(tries[1:])
+            if attempt and rank[2] >= 1
+        }
+        reason.attempts = [*reversed(others.values())][:10]
         return reason
-    reason = tries[0][1]
-    others = [attempt for rank, _, attempt in tries[1:] if attempt and rank[2] >= 1]
-    reason.attempts = others[:10]
-    return reason
+    fired = watch.fired.get(site)
+    if fired:
+        message = "it fired, and no rule made an attention operator of what it put there"
+    elif any(site in roles for node, roles in watch.roles.items() if node in left):
+        message = "no rule came to a node of it"
+    else:
+        message = "the passes before took it out of the graph"
+    return Reason(fired, "check", "unsupported_form", message=message, check=Check(message, {}))
 
 
 def _key(reason: Reason) -> tuple:
