@@ -71,85 +71,110 @@ def exported(tmp_path_factory):
     return paths
 
 
-def planted(model: ir.Model, reader: ir.Node, index: int, operator: str) -> str:
-    """Put a node on the edge that ends at input `index` of `reader`; returns its name."""
-    name, value = f"n{secrets.token_hex(6)}", reader.inputs[index]
-    node = ir.Node("", operator, [value], name=name)
-    node.outputs[0].name = f"t{secrets.token_hex(6)}"
-    node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
-    reader.graph.insert_before(reader, node)
-    reader.replace_input_with(index, node.outputs[0])
-    return name
-
-
-def edges(model: ir.Model, site: graph.Site) -> list[tuple[ir.Node, int]]:
-    """The edges of floating-point activations from the heads' Reshapes to the merging one."""
-    known = graph.from_input(model)
-    inner = [node for node in graph.block(model, site, side=0) if node.op_type != "Shape"]
-    return [
-        (node, index)
-        for node in inner
-        for index, value in enumerate(node.inputs)
-        if value in known and value.dtype in (None, ir.DataType.FLOAT)
-    ]
-
-
 class Mutant:
-    """One change of the attention of one site: a description, and the names that give it away."""
+    """A graph with one edge of the attention of one site broken: where, and by which names it shows."""
 
     def __init__(self, path, layer: int):
         self.model = ir.load(path)
-        self.sites = graph.sites(self.model)
-        self.layer, self.site = layer, self.sites[layer]
+        self.site = graph.sites(self.model)[layer]
+        self.known = graph.from_input(self.model)
         self.where, self.names = "", set()
+        self.context, self.softmax, self.scores = (
+            self.site.context, self.site.node, self.site.scores,
+        )  # fmt: skip
 
-    def node(self, operator: str, above: ir.Node, index: int) -> ir.Node:
-        made = above.inputs[index].producer()
-        assert made.op_type == operator, made
-        return made
+    def above(self, node: ir.Node, index: int, operator: str) -> ir.Node | None:
+        made = node.inputs[index].producer()
+        return made if made is not None and made.op_type == operator else None
 
-    def plant(self, number: int) -> None:
-        reader, index = edges(self.model, self.site)[number]
-        operator = FOREIGN[number % len(FOREIGN)]
-        self.where = f"{operator} on input {index} of {reader.op_type} {reader.name}"
-        self.names = {planted(self.model, reader, index, operator)}
+    @property
+    def keys(self) -> list[ir.Node]:
+        """From the product of the scores up to the Transpose of the keys' heads."""
+        found, node = [], self.scores.inputs[1].producer()
+        while node.op_type in ("Mul", "Reshape", "Transpose") and len(found) < 5:
+            found.append(node)
+            node = node.inputs[0].producer()
+        return found
+
+    @property
+    def core(self) -> list[ir.Node]:
+        between, node = [], self.softmax.inputs[0].producer()
+        while node is not self.scores:
+            between.append(node)
+            node = node.inputs[0].producer()
+        return [self.context, self.softmax, *between, self.scores, *self.keys]
+
+    def plant(self, node: ir.Node, index: int, operator: str) -> None:
+        name, value = secret(), node.inputs[index]
+        added = ir.Node("", operator, [value], name=name)
+        added.outputs[0].name = secret()
+        added.outputs[0].type, added.outputs[0].shape = value.type, value.shape
+        node.graph.insert_before(node, added)
+        node.replace_input_with(index, added.outputs[0])
+        self.where, self.names = f"{operator} on input {index} of {shown(node)}", {name}
 
     def swap(self, node: ir.Node) -> None:
         first, second = node.inputs
         node.replace_input_with(0, second)
         node.replace_input_with(1, first)
-        self.where, self.names = f"operands of {node.op_type} {node.name} swapped", {node.name}
+        self.where, self.names = f"operands of {shown(node)} swapped", {node.name}
 
     def permute(self, node: ir.Node, perm: list[int]) -> None:
         node.attributes["perm"] = ir.AttrInt64s("perm", perm)
-        self.where, self.names = f"perm of {node.name} is {perm}", {node.name}
+        self.where, self.names = f"perm of {shown(node)} is {perm}", {node.name}
 
     def constant(self, node: ir.Node, index: int, array: np.ndarray) -> None:
-        name = f"c{secrets.token_hex(6)}"
+        name = secret()
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), array.shape
         self.model.graph.register_initializer(value)
         node.replace_input_with(index, value)
-        self.where = f"input {index} of {node.op_type} {node.name} is {array.tolist()}"
+        self.where = f"input {index} of {shown(node)} is {array.tolist()}"
         self.names = {name, node.name}
 
     def use(self, node: ir.Node) -> None:
-        """Another node reads what `node` computes, and the graph gives that out."""
-        output = ir.Node("", "Neg", node.outputs, name=f"n{secrets.token_hex(6)}")
-        output.outputs[0].name = f"t{secrets.token_hex(6)}"
-        output.outputs[0].type, output.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-        self.model.graph.append(output)
-        self.model.graph.outputs.append(output.outputs[0])
-        self.where, self.names = f"{node.op_type} {node.name} used elsewhere", {output.name}
+        """The graph also gives out what another node makes of what `node` computes."""
+        reader = ir.Node("", "Neg", node.outputs, name=secret())
+        output = reader.outputs[0]
+        output.name, output.type, output.shape = secret(), *(
+            (node.outputs[0].type, node.outputs[0].shape)
+        )
+        self.model.graph.append(reader)
+        self.model.graph.outputs.append(output)
+        self.where, self.names = f"{shown(node)} used elsewhere", {reader.name}
 
 
-def mutants(path, layer: int):
-    """All the mutants of the attention at one site."""
-    count = len(edges(*(lambda m: (m.model, m.site))(Mutant(path, layer))))
-    for number in range(count):
-        mutant = Mutant(path, layer)
-        mutant.plant(number)
-        yield mutant
+def secret() -> str:
+    return f"x{secrets.token_hex(6)}"
+
+
+def shown(node: ir.Node) -> str:
+    return f"{node.op_type} {node.name}"
+
+
+def changes(example: Mutant) -> list:
+    """What to do to a graph like `example`: functions of a `Mutant`."""
+    made = []
+    for i, node in enumerate(example.core):
+        operator = "Tanh" if node in (example.context, example.softmax) else FOREIGN[i % 4]
+        operator = operator if node not in example.core[2:-1] or i % 2 else "Tanh"
+        sides = [0, 1] if node is example.scores else [0]
+        made += [lambda m, i=i, k=k, o=operator: m.plant(m.core[i], k, o) for k in sides]
+        if i:
+            made.append(lambda m, i=i: m.use(m.core[i]))
+        if node.op_type in ("Add", "Mul") or node is example.scores:
+            made.append(lambda m, i=i: m.swap(m.core[i]))
+        if node.op_type == "Transpose":
+            rank = len(node.attributes["perm"].value)
+            for perm in ([1, 0, 2] if rank == 3 else [1, 0, 2, 3],):
+                made.append(lambda m, i=i, perm=perm: m.permute(m.core[i], perm))
+        if node.op_type == "Mul":
+            vector = np.full(16, 0.5, np.float32)
+            made.append(lambda m, i=i, vector=vector: m.constant(m.core[i], 1, vector))
+    values = example.context.inputs[1].producer()
+    if values.op_type == "Transpose":
+        made.append(lambda m: m.permute(m.context.inputs[1].producer(), [2, 0, 1, 3]))
+    made.append(lambda m: m.plant(m.context, 1, "Neg"))  # fuses all the same, as it should
+    return made
 
 
 def named(reason, names: set[str]) -> bool:
@@ -158,3 +183,7 @@ def named(reason, names: set[str]) -> bool:
     texts = [one.name for one in (*attempt.found, attempt.at)] if attempt else []
     texts += check.operands.values() if check else []
     return any(names & set(re.split(r"[\s(),\[\]]+", text)) for text in texts)
+
+
+def verdict(found, site: graph.Site):
+    return next((one for one in found.sites if one.name == site.name), None)
