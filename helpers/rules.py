@@ -396,6 +396,8 @@ def explain(path: str | Path, rules: Any = None) -> Explanation:
 
 def _raised(watch: Watch, error: Exception) -> Reason:
     """The reason that is an exception of a rule's or the library's own code."""
+    while error.__cause__ is not None:  # passes wrap what they raise
+        error = error.__cause__
     last = traceback.extract_tb(error.__traceback__)[-1]
     name = _fusion(watch.raised) if watch.raised else None
     reason = Reason(name, "raised", "raised", source=last.line)
@@ -407,7 +409,7 @@ def _raised(watch: Watch, error: Exception) -> Reason:
 def _best(watch: Watch, site: int, left: set[ir.Node]) -> Reason:
     """Why the rule that got furthest on the site did not fuse it."""
     tries = sorted(watch.tries[site], key=lambda one: one[0], reverse=True)
-    if tries:
+    if tries and (tries[0][0][2] >= 1 or site not in watch.fired):  # a node matched
         reason = tries[0][1][0]
         others: dict[str, Attempt] = {}  # the best of each rule that matched a node
         for rank, (_, attempt) in tries[1:]:
