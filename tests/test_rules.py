@@ -163,7 +163,7 @@ def changes(example: Mutant) -> list:
         operator = "Tanh" if i < inside else FOREIGN[i % len(FOREIGN)]
         if i < last:
             made.append(lambda m, i=i, o=operator: m.plant(m.core[i], int(i == inside), o))
-        if 0 < i < last:
+        if 0 < i < last - 1:
             made.append(lambda m, i=i: m.use(m.core[i]))
         if node.op_type in ("Add", "Mul") or i == inside:
             made.append(lambda m, i=i: m.swap(m.core[i]))
@@ -196,7 +196,7 @@ def verdict(found, site: graph.Site):
 def test_one_broken_edge_is_named(name, exported, tmp_path):
     """Of the mutants that stop the fusion of their site, which reasons name what was changed.
 
-    71 of 73 did, when this was written. Missed: the heads' Transpose of the keys with another
+    65 of 67 did, when this was written. Missed: the heads' Transpose of the keys with another
     permutation (BERT and T5), so that the keys' length is that of the heads. The rule reads the
     keys' shape before the values' and blames the values, which no longer agree.
     """
@@ -220,7 +220,7 @@ def test_one_broken_edge_is_named(name, exported, tmp_path):
         assert reason.sites == [found.sites.index(mine)]
         if not named(reason, mutant.names):
             misses.append(f"{mutant.where}: {reason.to_json()}")
-    assert stopped >= 14
+    assert stopped >= 13
     assert len(misses) <= missed, "\n".join(misses)
 
 
