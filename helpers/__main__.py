@@ -60,10 +60,7 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         raise files.BadInput(
             f"{reference}: expected two models or more, found one; name what to compare it with"
         )
-    if arguments.inputs:
-        cases, description = feeds.load(arguments.inputs, reference)
-    else:
-        cases, description = feeds.infer(reference)
+    cases, description = feeds.read(arguments.inputs, reference)
     report = parity.compare(reference, candidates, cases, description)
     return DONE if report.held else FAILED, report.to_json(), str(report)
 
@@ -73,7 +70,10 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     if arguments.rules:
         from helpers import rules
 
-        found = rules.explain(path, None if arguments.rules == "onnxscript" else arguments.rules)
+        if arguments.what_if:
+            raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
+        parity, inputs = arguments.parity, arguments.inputs
+        found = rules.explain(path, arguments.rules, parity=parity, inputs=inputs)
     else:
         from helpers import explain
 

@@ -57,12 +57,10 @@ def explain(
         raise files.BadInput(
             f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
         )
-    cases = None
-    if parity:
-        cases = feeds.load(inputs, path) if inputs else feeds.infer(path)
+    cases = feeds.read(inputs, path) if parity else None
     before = onnx.load(path, load_external_data=False)
     in_functions = bool(before.functions)
-    names, tensors = _names(before.graph)
+    names, tensors = graph.names_in(before)
     model = graph.inline(ir.from_proto(graph.without_weights(before)))
     del before
     with (
@@ -80,13 +78,7 @@ def explain(
             verdicts, reasons = places.verdicts(model, sites, made, watch, in_functions)
         answer = Explanation(class_.__name__, verdicts, reasons)
         if cases and not isinstance(made, Reason):
-            answer.parity, found = wrong.find(path, draft, *cases)
-            answer.parity.name = "what the optimizer makes"
-            for site in found:
-                if isinstance(site, str):  # it fused what is no attention
-                    verdicts.append(Verdict(site, None, True, wrong=True))
-                else:
-                    verdicts[site].wrong = verdicts[site].fused
+            wrong.judge(answer, path, draft, *cases)
     for reason in reasons:
         _locate(reason, model)
     return answer
@@ -97,20 +89,6 @@ def _stopped(sites: list[graph.Site], reason: Reason) -> tuple[list[Verdict], li
     reason.sites = [i for i, site in enumerate(sites) if not site.fused]
     verdicts = [Verdict(s.name, s.layer, s.fused, reason=None if s.fused else 0) for s in sites]
     return verdicts, [reason] if reason.sites else []
-
-
-def _names(inside: onnx.GraphProto) -> tuple[set[str], set[str]]:
-    """The names of the nodes and of the tensors in a graph and in those inside of it."""
-    names = {node.name for node in inside.node}
-    tensors = {name for node in inside.node for name in node.output if name}
-    tensors |= {one.name for one in (*inside.input, *inside.initializer)}
-    for node in inside.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                more = _names(inner)
-                names |= more[0]
-                tensors |= more[1]
-    return names - {""}, tensors
 
 
 def _optimised(
@@ -190,7 +168,7 @@ def _conclude(watch: Watch, call: Call) -> Reason:
         type(call.fusion).__name__,
         "end" if gave.end else "path" if gave.broken else "check",
         "other_check",
-        file=_file(call.step.code.co_filename),
+        file=source.file_of(call.step.code),
         line=gave.line,
         source=gave.source,
         within=gave.within,
@@ -267,7 +245,7 @@ def _raised(watch: Watch, error: Exception) -> Reason:
         type(call.fusion).__name__ if call else None,
         "raised",
         "raised",
-        file=_file(frame.f_code.co_filename),
+        file=source.file_of(frame.f_code),
         line=line,
         anchor=call.anchor if call else None,
         message=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
@@ -290,10 +268,6 @@ def _dangling(watch: Watch) -> dict[str, str]:
             if name not in made and len(found) < 8:
                 found[f"{name}, no longer computed, is read by"] = watch.node(node).name
     return found
-
-
-def _file(name: str) -> str:
-    return "notebook cell" if "ipykernel" in name else PurePath(name).name
 
 
 # ── Where it is in the file ─────────────────────────────────────────────────────────────────────

@@ -246,6 +246,11 @@ def _describe(inputs: list[Input], feeds: list[Feed], keep: bool) -> str:
 # ── From a file ─────────────────────────────────────────────────────────────────────────────────
 
 
+def read(npz: str | Path | None, path: str | Path) -> tuple[list[Feed], str]:
+    """What `load` gives, or where there is no file `npz`, what `infer` does."""
+    return load(npz, path) if npz else infer(path)
+
+
 def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
     """The feed in the file `npz`, an array for each input of the model, and a description.
 

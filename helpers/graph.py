@@ -99,6 +99,23 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.ModelProto.FromString(proto.SerializeToString())
 
 
+def names_in(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
+    """The names of all nodes, and of all tensors, those in branches, bodies and functions too."""
+    nodes: set[str] = set()
+    tensors: set[str] = set()
+    queue: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while queue:
+        inside = queue.pop()
+        for node in inside.node:
+            nodes.add(node.name)
+            tensors.update(node.output)
+            for attribute in node.attribute:
+                queue += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+        if isinstance(inside, onnx.GraphProto):
+            tensors.update(one.name for one in (*inside.input, *inside.initializer))
+    return nodes - {""}, tensors - {""}
+
+
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node, those in the branches and bodies of If, Loop and Scan included."""
     return ir.traversal.RecursiveGraphIterator(model.graph)

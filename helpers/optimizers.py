@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def registered(
         yield model_type, types[model_type][0], ()
         return
     class_ = loaded(fusion) if isinstance(fusion, str) else fusion
-    bases = {base.__name__ for base in class_.__mro__[1:]}
+    bases = {base.__name__ for base in getattr(class_, "__mro__", ())[1:]}
     if "OnnxModel" in bases:
         optimizer_class, also = class_, ()
     elif "Fusion" in bases:
@@ -35,7 +36,7 @@ def registered(
     else:
         raise files.BadInput(
             f"{fusion}: expected a subclass of onnxruntime.transformers' Fusion or OnnxModel,"
-            f" found {class_.__name__} of {', '.join(sorted(bases)) or 'nothing'}; name another"
+            f" found {class_!r}; name another"
         )
     key = f"{class_.__name__} {id(class_)}"
     types[key] = (optimizer_class, "pytorch", types["bert"][2])
@@ -61,8 +62,8 @@ def _in_bert(fusion: type, bert: type) -> type:
     return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
 
 
-def loaded(named: str) -> type:
-    """The class that "FILE.py:CLASS" names."""
+def loaded(named: str) -> Any:
+    """What "FILE.py:NAME" names. The code of the file is run."""
     file, _, name = named.rpartition(":")
     path = Path(file)
     if not file or not path.is_file():
@@ -75,6 +76,7 @@ def loaded(named: str) -> type:
     module = importlib.util.module_from_spec(spec)
     import onnxruntime.transformers.optimizer  # noqa: F401  its folder is on sys.path from then on
 
+    sys.path.insert(0, str(path.resolve().parent))  # for what it imports, as if it were run
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the reader's own code
@@ -82,10 +84,11 @@ def loaded(named: str) -> type:
             f"{path}: expected a module that can be imported, found {type(error).__name__}:"
             f" {error}; mend it"
         ) from None
-    class_ = getattr(module, name, None)
-    if not isinstance(class_, type):
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    if not hasattr(module, name):
         own = [key for key, one in vars(module).items() if inspect.isclass(one)]
         raise files.BadInput(
             f"{path}: expected a class {name}, found {', '.join(own) or 'none'}; name one of them"
         )
-    return class_
+    return getattr(module, name)

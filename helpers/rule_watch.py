@@ -23,7 +23,8 @@ import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import _matcher, _pattern_ir, _rewrite_rule, pattern
 
-from helpers import conditions, graph
+from helpers import graph
+from helpers.watch import Step
 
 _INTERNAL = (
     "onnx_ir",
@@ -35,7 +36,7 @@ ABOVE, BELOW, WEIGHTS, CONTEXT = range(4)
 
 
 @dataclass
-class Step:
+class Wanted:
     """A pattern that is being matched against what is `there`, input `index` of the step before."""
 
     pattern: _pattern_ir.NodePattern | _pattern_ir.ValuePattern
@@ -63,8 +64,8 @@ class Failure:
     """The innermost pattern that did not match, after `nodes` had; `path` are those that lead here
     from the root. `missing` are the operators that would do, or empty if another thing is wrong."""
 
-    path: list[Step]
-    step: Step
+    path: list[Wanted]
+    step: Wanted
     nodes: list[ir.Node]
     missing: list[_pattern_ir.NodePattern]
     message: str
@@ -82,12 +83,12 @@ class Try:
 
     rule: pattern.RewriteRule
     root: ir.Node
-    steps: list[Step] = field(default_factory=list)  # that are being matched
+    steps: list[Wanted] = field(default_factory=list)  # that are being matched
     failures: list[Failure] = field(default_factory=list)
     nodes: Sequence[ir.Node] = ()  # that matched
     outputs: Sequence[ir.Value] = ()  # of the whole pattern, once it matched
     match: Any = None
-    call: conditions.Call | None = None  # the last of `check` or `rewrite`
+    call: Step | None = None  # the last of `check` or `rewrite`
 
 
 def is_one(node: ir.Node, wanted: Iterable[_pattern_ir.NodePattern]) -> bool:
@@ -120,7 +121,7 @@ class Watch:
         self._watched, self._conclude = watched, conclude
         self._try: Try | None = None
         self._order = itertools.count()
-        self._open: list[conditions.Call] = []  # calls of a rule's code that are running
+        self._open: list[tuple[FrameType, Step]] = []  # calls of a rule's code that are running
 
     def __enter__(self) -> Watch:
         matcher, rule = _matcher.SimplePatternMatcher, _rewrite_rule.RewriteRule
@@ -213,7 +214,7 @@ class Watch:
         tried = self._try
         if tried is None or tried.match is not None:
             return plain(matcher, wanted, there)
-        step = Step(wanted, there)
+        step = Wanted(wanted, there)
         if isinstance(wanted, _pattern_ir.NodePattern):
             step.inputs = (i for i, one in enumerate(wanted.inputs) if one is not None)
         if tried.steps:
@@ -251,23 +252,23 @@ class Watch:
         if frame.f_globals.get("__name__", "").startswith(_INTERNAL):
             return None
         if self._open:
-            if caller is not self._open[-1].frame:
+            if caller is not self._open[-1][0]:
                 return None
         elif caller.f_globals.get("__name__") != _rewrite_rule.__name__ or (
             caller.f_code.co_name not in ("wrapped", "get_replacement")
         ):
             return None
-        call = conditions.Call(frame, caller.f_lineno)
+        step = Step(frame.f_code, caller.f_lineno, names=frame.f_globals)
         if self._open:
-            self._open[-1].calls.append(call)
+            self._open[-1][1].inner.append(step)
         else:
-            self._try.call = call
-        self._open.append(call)
+            self._try.call = step
+        self._open.append((frame, step))
         frame.f_trace_lines = False
 
-        def local(frame: FrameType, event: str, _: Any) -> Callable:
+        def local(frame: FrameType, event: str, value: Any) -> Callable:
             if event == "return":
-                call.line = frame.f_lineno
+                step.line, step.local, step.value = frame.f_lineno, dict(frame.f_locals), value
                 self._open.pop()
             return local
 
@@ -294,7 +295,7 @@ def _furthest(tried: Try) -> Failure:
         if len(values) == 2 and operators and values[0] is not values[1]:
             other = values[1 - step.index]
             if other is not None and _fits(tried, wanted, other):
-                here = Step(wanted, values[step.index], step.index)
+                here = Wanted(wanted, values[step.index], step.index)
                 path = failure.path[: i + 1]
                 message = "its other operand would match"
                 return Failure(path, here, failure.nodes, operators, message, [], swapped=True)
@@ -314,7 +315,7 @@ def _operators(wanted: _pattern_ir.ValuePattern) -> list[_pattern_ir.NodePattern
     if isinstance(wanted, _pattern_ir.BacktrackingOr):
         choices = [_operators(one) for one in wanted._values]
         return [one for choice in choices for one in choice] if all(choices) else []
-    return Step(wanted, None).wanted
+    return Wanted(wanted, None).wanted
 
 
 def _fits(tried: Try, wanted: _pattern_ir.ValuePattern, value: ir.Value) -> bool:

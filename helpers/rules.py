@@ -10,6 +10,7 @@ import ast
 import inspect
 import itertools
 import linecache
+import tempfile
 import traceback
 from collections import deque
 from pathlib import Path, PurePath
@@ -21,7 +22,7 @@ import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import _pattern_ir, ort_fusions, pattern
 
-from helpers import conditions, graph
+from helpers import feeds, files, graph, optimizers, source, wrong
 from helpers.quiet import quiet
 from helpers.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
 from helpers.rule_watch import CONTEXT, Failure, Try, Watch, is_one
@@ -82,6 +83,12 @@ class _Names:
             inner = [self.show(one) for one in itertools.islice(thing, _MANY)]
             return f"[{', '.join(inner)}{', …' if len(thing) > _MANY else ''}]"
         return str(thing)
+
+    def operand(self, thing: Any) -> str | None:
+        """The same for what tells of the graph; None for modules, functions and the like."""
+        plain = (ir.Node, ir.Value, ir.Attr, ir.Shape, ir.SymbolicDim)
+        plain = (*plain, str, int, float, dict, list, tuple, set, type(None))
+        return self.show(thing) if isinstance(thing, plain) else None
 
     def _value(self, value: ir.Value) -> str:
         made, tensor = value.producer(), ir.convenience.get_const_tensor(value)
@@ -166,16 +173,17 @@ class _Reasons:
         reason.message = match.reason or None
         if call is None:
             reason.cause = "used_elsewhere"
-            source, operands = match.reason, _uses(tried)
+            uses = _uses(tried).items()
+            test, operands = match.reason, {key: self._names.show(one) for key, one in uses}
         else:
-            source, operands, reason.within = conditions.decided(call)
-            code, reason.line = call.frame.f_code, call.line
-            reason.file = conditions.file_of(code)
-            reason.source = linecache.getline(code.co_filename, call.line).strip()
-            reason.cause = _cause_of_check(operands)
-        blamed = [one for one in blamed if not any(one is other for other in operands.values())]
-        operands |= {f"blamed {i}": one for i, one in enumerate(blamed)}
-        reason.check = self._check(source, operands)
+            gave = source.gave_up(call, self._names.operand)
+            reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
+            reason.file = source.file_of(call.code)
+            reason.cause = _cause_of_check(gave.values)
+            test, operands = gave.test or gave.source, gave.operands
+        told = {f"blamed {i}": self._names.show(one) for i, one in enumerate(blamed)}
+        told = {key: one for key, one in told.items() if one not in operands.values()}
+        reason.check = Check(test, {**operands, **told})
         return reason
 
     def _check(self, source: str, operands: dict[str, Any]) -> Check:
@@ -197,7 +205,7 @@ class _Reasons:
         if failure and not wanted and failure.path:
             wanted = failure.path[-1].wanted
         if written is not None:
-            reason.file = conditions.file_of(written)
+            reason.file = source.file_of(written)
             reason.line, reason.source = _line(written, wanted[0] if wanted else None)
         if node is not None:
             reason.origin = graph.origin(node)
@@ -230,7 +238,7 @@ def _written(rule: pattern.RewriteRule) -> CodeType | None:
 def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, str]:
     """Where a pattern builds the node `wanted`: the call that has most in common with it."""
     best, line = -1, code.co_firstlineno
-    for call in ast.walk(conditions.syntax(code) or ast.Module([])):
+    for call in ast.walk(source.syntax(code)):
         if wanted is None or not isinstance(call, ast.Call):
             continue
         if isinstance(call.func, ast.Attribute) and call.func.attr == str(wanted.op):
@@ -282,17 +290,17 @@ def _cause(failure: Failure, further: list | None) -> str:
     return "other_operator"
 
 
-def _cause_of_check(operands: dict[str, Any]) -> str:
-    values = [
-        item
-        for one in operands.values()
-        for item in (one.values() if isinstance(one, dict) else [one])
-    ]
-    if any(isinstance(one, ir.Value) and one.shape is None for one in values):
+def _cause_of_check(values: list[Any]) -> str:
+    items = [one for value in values for one in (value.values() if _is_map(value) else [value])]
+    if any(isinstance(one, ir.Value) and one.shape is None for one in items):
         return "shape_inference"
-    if any(isinstance(one, ir.SymbolicDim) for one in operands.values()):
+    if any(isinstance(one, ir.SymbolicDim) for one in items):
         return "symbolic_dimension"
     return "other_check"
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _uses(tried: Try) -> dict[str, Any]:
@@ -310,19 +318,6 @@ def _uses(tried: Try) -> dict[str, Any]:
     return found
 
 
-def _file_names(inside: onnx.GraphProto | onnx.FunctionProto) -> tuple[set[str], set[str]]:
-    """The names of the nodes and of the tensors in a graph and in those inside of it."""
-    nodes = {node.name for node in inside.node}
-    tensors = {name for node in inside.node for name in node.output}
-    if isinstance(inside, onnx.GraphProto):
-        tensors |= {one.name for one in (*inside.input, *inside.initializer)}
-    attributes = [one for node in inside.node for one in node.attribute]
-    for graph_ in [one.g for one in attributes if one.HasField("g")]:
-        inner = _file_names(graph_)
-        nodes, tensors = nodes | inner[0], tensors | inner[1]
-    return nodes - {""}, tensors - {""}
-
-
 def _is_attention(rule: pattern.RewriteRule) -> bool:
     return type(_instance(rule)).__module__ in _ATTENTION
 
@@ -333,6 +328,8 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
     given = list(rules) if isinstance(rules, list | tuple) else [rules]
     made: list[pattern.RewriteRule] = []
     for one in given:
+        if isinstance(one, str):
+            one = optimizers.loaded(one)
         if isinstance(one, pattern.RewriteRuleSet):
             made += one.rules
         elif isinstance(one, type) and issubclass(one, pattern.RewriteRuleClassBase):
@@ -340,22 +337,34 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
         elif isinstance(one, pattern.RewriteRule):
             made.append(one)
         else:
-            raise TypeError(f"rules: expected rewrite rules or classes of them, found {one!r}")
+            raise files.BadInput(
+                f"{one}: expected a rewrite rule, a set of them, or a subclass of onnxscript's"
+                " RewriteRuleClassBase; name another"
+            )
     return pattern.RewriteRuleSet(made)
 
 
-def explain(path: str | Path, rules: Any = None) -> Explanation:
+def explain(
+    path: str | Path,
+    rules: Any = "onnxscript",
+    *,
+    parity: bool = False,
+    inputs: str | Path | None = None,
+) -> Explanation:
     """Apply rewrite rules to the model at `path`, and say why its attention sites were not fused.
 
-    `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``, or a
-    list of them, applied as ``onnxscript.rewriter.rewrite`` does. None: those for attention that
-    ``optimize_for_ort`` applies, in its course. A site is fused if an operator of `graph.FUSED`
-    takes its place. Raises TypeError on other `rules`; what the rules' code raises is a reason.
+    `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``,
+    "FILE.py:NAME" of one, or a list of them, applied as ``onnxscript.rewriter.rewrite`` does.
+    "onnxscript": those for attention that ``optimize_for_ort`` applies, in its course. A site is
+    fused if an operator of `graph.FUSED` takes its place. What the rules' code raises is a reason.
+    With `parity`, what they make is compared with the file, on `inputs` (an .npz) or inferred ones,
+    and sites that fused and compute something else are marked `wrong`. Raises `files.BadInput` on
+    other `rules`, and on inputs that do not fit or cannot be inferred.
     """
-    chosen = None if rules is None else _rule_set(rules)
+    cases = feeds.read(inputs, path) if parity else None
+    chosen = None if rules == "onnxscript" else _rule_set(rules)
     proto = onnx.load(path, load_external_data=False)
-    names = [_file_names(one) for one in (proto.graph, *proto.functions)]
-    names = tuple(set().union(*one) for one in zip(*names, strict=True))
+    names = graph.names_in(proto)
     del proto  # it may hold the weights
     model = graph.load(path)
     sites = graph.sites(model)
@@ -391,7 +400,12 @@ def explain(path: str | Path, rules: Any = None) -> Explanation:
         reason.sites.append(i)
         verdict.reason = number
     optimizer = "optimize_for_ort" if chosen is None else "rewrite"
-    return Explanation(optimizer, verdicts, [reason for _, reason in found.values()])
+    answer = Explanation(optimizer, verdicts, [reason for _, reason in found.values()])
+    if cases and failed is None:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            ir.save(model, Path(folder) / "made.onnx", external_data="made.data")
+            wrong.judge(answer, path, Path(folder) / "made.onnx", *cases)
+    return answer
 
 
 def _raised(watch: Watch, error: Exception) -> Reason:

@@ -50,14 +50,25 @@ class GaveUp:
     values: list[Any] = field(default_factory=list)  # of the condition's operands themselves
 
 
+def file_of(code: CodeType) -> str:
+    """The name of the file that a function is in."""
+    return "notebook cell" if "ipykernel" in code.co_filename else PurePath(code.co_filename).name
+
+
+def syntax(code: CodeType) -> ast.Module:
+    """The source of a function, with the line numbers of its file; empty where there is none."""
+    try:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, IndexError, TypeError):  # of ``exec``; a lambda in an expression
+        return ast.Module([], [])
+    return ast.increment_lineno(tree, max(start, 1) - 1)
+
+
 class _Function:
     """The syntax tree of a function, with each node's parent."""
 
-    def __init__(self, code: CodeType) -> None:
-        lines, start = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-        ast.increment_lineno(tree, max(start, 1) - 1)
-        self.tree = tree.body[0]
+    def __init__(self, tree: ast.Module) -> None:
         self.parent = {
             child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)
         }
@@ -89,10 +100,8 @@ class _Function:
 
 @functools.cache
 def _function(code: CodeType) -> _Function | None:
-    try:
-        return _Function(code)
-    except (OSError, SyntaxError, IndexError, TypeError):  # no source, as of ``exec``
-        return None
+    tree = syntax(code)
+    return _Function(tree) if tree.body else None
 
 
 def _names(node: ast.AST) -> list[str]:
@@ -212,6 +221,8 @@ class _Reader:
                     continue  # the `else`, or an `elif`, of this one
                 if not (isinstance(outer, ast.If) and outer.orelse == [around]):
                     break
+            if not leaves and self._returned(statement):
+                return statement, [], end
             if not leaves:  # at the function's top, or a loop's `else`: what came before decided
                 statement = self._before(statement)
         if isinstance(statement, ast.If) and (end or not leaves):
@@ -266,7 +277,8 @@ class _Reader:
             self._last_group(answer)
             return answer
         only_called = end and self._calls(statement)
-        level = [(one, True) for one in (*self._returned(statement), *leaves)]
+        returned = self._returned(self.function.at(step.line))
+        level = [(one, True) for one in (*returned, *leaves)]
         seen: set[str] = set()
         for _ in range(DEPTH + 1):
             for expression, is_empty in level:
@@ -297,7 +309,8 @@ class _Reader:
     def _returned(self, statement: ast.stmt | None) -> list[ast.expr]:
         """What a `return` gives, if that was made elsewhere."""
         value = statement.value if isinstance(statement, ast.Return) else None
-        return [value] if isinstance(value, (ast.Call, ast.Name, ast.Tuple)) else []
+        made = (ast.Call, ast.Name, ast.Tuple, ast.Compare, ast.BoolOp)
+        return [value] if isinstance(value, made) else []
 
     def _sources(self, name: str) -> list[ast.expr]:
         """What the variable `name` was made from; where it stayed empty, what that depended on."""
@@ -387,7 +400,7 @@ class _Reader:
             return False
         step = max(reversed(called), key=_progress)
         inner = _Reader(step, self.write).gave_up()
-        file = PurePath(step.code.co_filename).name
+        file = file_of(step.code)
         if only_called:  # `fuse` but passed it on
             answer.line, answer.source, answer.end = inner.line, inner.source, inner.end
             answer.within += inner.within

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from helpers import files, graph, parity
 from helpers.feeds import Feed
+from helpers.reasons import Explanation, Verdict
 
 
 @dataclass
@@ -30,6 +31,19 @@ class Piece:
     outputs: list[str]
     stands_for: set[ir.Node]  # in the original graph
     sites: list[int | str]
+
+
+def judge(
+    answer: Explanation, path: str | Path, fused: str | Path, cases: list[Feed], description: str
+) -> None:
+    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong."""
+    answer.parity, found = find(path, fused, cases, description)
+    answer.parity.name = "the optimised graph"
+    for site in found:
+        if isinstance(site, str):  # it fused what is no attention
+            answer.sites.append(Verdict(site, None, True, wrong=True))
+        else:
+            answer.sites[site].wrong = answer.sites[site].fused
 
 
 def find(

@@ -239,7 +239,7 @@ class Own(Fusion):
     ("name", "message"),
     [
         ("Nothing", "expected a class Nothing, found Fusion, Bart, Scaled, Model, Raises"),
-        ("NUMBER", "expected a class NUMBER"),
+        ("NUMBER", "expected a subclass .*, found 7"),
         ("Fusion", "expected a subclass"),
     ],
 )

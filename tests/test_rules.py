@@ -16,7 +16,7 @@ import transformers
 from graphs import ATTENTION, write
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase, RewriteRuleSet, _matcher, pattern
 
-from helpers import graph
+from helpers import files, graph
 from helpers.export import export
 from helpers.rules import explain
 
@@ -307,7 +307,7 @@ def test_own_rule_whose_check_says_no(tmp_path):
         "test_rules.py",
     )
     assert reason.source == 'return pattern.MatchResult().fail("not one factor", scale)'
-    assert reason.check.source == "factor is None or factor.size != 1"
+    assert reason.check.source == "factor.size != 1"
     assert reason.check.operands["factor.size"] == "5"
     assert reason.check.operands["scale"] == "initializer half, shape [5]" + (
         ", value [0.5, 0.5, 0.5, 0.5, 0.5]"
@@ -319,7 +319,7 @@ def test_own_rule_whose_helper_says_no(tmp_path):
     text = ATTENTION.replace("s1", "forbidden")
     reason = only(explain(write(tmp_path / "a.onnx", text), Scaled))
     assert reason.source == "return self.allowed(scores)"
-    assert "return scores.name != 'forbidden'" in reason.within[0]
+    assert 'return scores.name != "forbidden"' in reason.within[0]
     assert "Mul n_scale (s0, half) -> forbidden" in reason.check.operands["scores"]
 
 
@@ -376,8 +376,22 @@ def test_a_rule_that_fired_at_another_site(tmp_path):
 
 
 def test_rules_that_are_none(tmp_path):
-    with pytest.raises(TypeError, match="expected rewrite rules or classes of them, found 'SDPA'"):
+    with pytest.raises(files.BadInput, match="7: expected a rewrite rule, a set of them"):
+        explain(plain(tmp_path), 7)
+    with pytest.raises(files.BadInput, match="found no file SDPA"):
         explain(plain(tmp_path), "SDPA")
+
+
+def test_rules_of_a_file(tmp_path):
+    found = explain(plain(tmp_path, half=np.full(5, 0.5, np.float32)), f"{__file__}:Scaled")
+    assert only(found).message == "not one factor"
+
+
+def test_a_rule_that_computes_something_else(tmp_path):
+    """MultiHeadAttention scales the scores itself, and not by this factor."""
+    found = explain(plain(tmp_path), Scaled, parity=True)
+    assert [(site.fused, site.wrong) for site in found.sites] == [(True, True)]
+    assert not found.parity.held
 
 
 # ── Graphs of other kinds ───────────────────────────────────────────────────────────────────────
