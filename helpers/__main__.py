@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import glob
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from helpers import files
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
 SECONDS, SECONDS_EACH = 50, 2e-6  # likewise, of time
+SEARCHED = 2**27  # bytes of a model up to which it is searched for the names of its data files
 
 
 class _Parser(argparse.ArgumentParser):
@@ -203,8 +203,13 @@ def _bounded(models: list[Path]) -> Iterator[None]:
 
 
 def _beside(path: Path) -> list[Path]:
-    """The file and those that begin with its name, as external data is called."""
-    return [file for file in path.parent.glob(f"{glob.escape(path.name)}*") if file.is_file()]
+    """The file, and those in its folder that it names or that are called like it: its data."""
+    start = path.read_bytes() if path.stat().st_size < SEARCHED else b""
+    return [
+        file
+        for file in path.parent.iterdir()
+        if file.is_file() and (file.name.startswith(path.name) or file.name.encode() in start)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,7 +45,8 @@ def explain(
     subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
     class or "FILE.py:CLASS". `num_heads`, `hidden_size`, `opt_level` and `options` (FusionOptions)
     are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`.
-    What the optimizer's code raises becomes a reason.
+    What the optimizer's code raises becomes a reason. Weights above 1.5 GB in all are not read,
+    unless what it makes is asked for.
 
     With `parity`, what it makes is compared with the file, on `inputs` (an .npz) or inferred ones,
     and sites that fused and compute something else are marked `wrong`.
@@ -105,8 +106,10 @@ def _optimised(
 
     with quiet():
         ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
+        light = not save and not draft and files.size(path) > files.ONE_FILE
+        leave_out = optimizers.without_large_weights() if light else contextlib.nullcontext()
         try:
-            with watch:
+            with watch, leave_out:
                 made = optimizer.optimize_model(str(path), name, *choice)
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             made = _raised(watch, error)

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
 
@@ -91,7 +92,7 @@ def inline(model: ir.Model) -> ir.Model:
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model in which tensors above 64 KB have no values; `proto` loses them too."""
     for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) > 2**16:
+        if len(tensor.raw_data) > LARGE:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="left out")

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers import files
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from helpers import files, graph
 
 
 @contextlib.contextmanager
@@ -60,6 +66,39 @@ def _in_bert(fusion: type, bert: type) -> type:
         fusion(**{name: value for name, value in given.items() if name in wanted}).apply()
 
     return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
+
+
+@contextlib.contextmanager
+def without_large_weights() -> Iterator[None]:
+    """Have the optimizer leave large weights in the files that they are in.
+
+    Its fusions need their shapes alone, and a model over 2 GB takes five times as much of memory.
+    Where one is read all the same, zeros are given, as its own ``NumpyHelper`` does on request.
+    """
+    from onnxruntime.transformers import optimizer
+
+    load, to_array = optimizer.load_model, numpy_helper.to_array
+
+    def light(path: str, *args: Any, **kwargs: Any) -> onnx.ModelProto:
+        model = load(path, load_external_data=False)
+        if kwargs.get("load_external_data", True):
+            for tensor in model.graph.initializer:
+                external = tensor.data_location == onnx.TensorProto.EXTERNAL
+                if external and ir.from_proto(tensor).nbytes <= graph.LARGE:
+                    load_external_data_for_tensor(tensor, str(Path(path).parent))
+                    tensor.data_location = onnx.TensorProto.DEFAULT
+        return model
+
+    def zeros(tensor: onnx.TensorProto, *args: Any, **kwargs: Any) -> np.ndarray:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return np.zeros(tensor.dims, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        return to_array(tensor, *args, **kwargs)
+
+    optimizer.load_model, numpy_helper.to_array = light, zeros
+    try:
+        yield
+    finally:
+        optimizer.load_model, numpy_helper.to_array = load, to_array
 
 
 def loaded(named: str) -> Any:

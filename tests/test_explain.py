@@ -12,7 +12,7 @@ import pytest
 from graphs import ATTENTION, write
 from onnxruntime.quantization import quantize_dynamic
 
-from helpers import files
+from helpers import files, graph
 from helpers.explain import explain, what_if
 
 SCHEMA = json.loads((Path(__file__).parent / "explain.schema.json").read_text())
@@ -353,6 +353,19 @@ def test_weights_in_another_file(tmp_path):
     onnx.save(model, path, save_as_external_data=True, size_threshold=100, location="w.data")
     (reason,) = explain(path, "bart", **options(), parity=True).reasons
     assert [one.name for one in reason.attempt.found] == ["n_scale"]
+
+
+def test_large_weights_are_not_read(tmp_path, monkeypatch):
+    """Without the file that they are in, the optimizer comes to the same end."""
+    text = ATTENTION.replace("Softmax <axis = -1> (s1)", "Softmax <axis = -1> (s0)")
+    path = attention(tmp_path, text.replace("[n_scale] s1 = Mul (s0, half)", ""))
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, size_threshold=100, location="w.data")
+    whole = explain(path, "bart", **options())
+    monkeypatch.setattr(files, "ONE_FILE", 0)
+    monkeypatch.setattr(graph, "LARGE", 100)
+    (tmp_path / "w.data").write_bytes(b"")
+    assert explain(path, "bart", **options()).to_json() == whole.to_json()
 
 
 def test_what_if_at_the_other_levels(tmp_path):
