@@ -25,6 +25,8 @@ from helpers.watch import Call, Watch
 
 LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
 
+WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
+
 
 def explain(
     path: str | Path,
@@ -78,7 +80,11 @@ def explain(
         else:
             verdicts, reasons = places.verdicts(model, sites, made, watch, in_functions)
         answer = Explanation(class_.__name__, verdicts, reasons)
-        if cases and not isinstance(made, Reason):
+        stopped = isinstance(made, Reason)
+        watch = made = None
+        if files.size(path) > WORTH_COLLECTING:  # fusions and models refer to each other
+            gc.collect()
+        if cases and not stopped:
             wrong.judge(answer, path, draft, *cases)
     for reason in reasons:
         _locate(reason, model)
@@ -178,6 +184,7 @@ def _conclude(watch: Watch, call: Call) -> Reason:
         anchor=call.anchor,
         none=gave.none,
     )
+    near = {}
     if gave.broken:
         near = {id(one): align.nearest(one, call.made) for one in gave.broken}
         ranked = sorted(gave.broken, key=lambda one: align.rank(one, near[id(one)]))
@@ -200,13 +207,18 @@ def _conclude(watch: Watch, call: Call) -> Reason:
         reason.check = reason.check or Check(gave.test or gave.source, {})
         reason.check.operands |= more
     found = {one.operator for one in reason.attempt.found} if reason.attempt else set()
-    if watch.stopped and found & {"Cast", "Reshape"}:
+    if watch.stopped and found & {"Cast", "Reshape"} and _only(near[id(reason.attempt)]):
         reason.cause = "shape_inference"  # which removes those that do nothing
     if reason.check and "num_heads" in reason.check.source:
         reason.message = "give the number of heads and the hidden size, if you have not"
     rest = [one for one in call.attempts if one.broke and one not in ranked]
     reason.attempts = [*ranked, *sorted(rest, key=lambda one: -len(one.matched))]
     return reason
+
+
+def _only(near: align.Nearest | None) -> bool:
+    """Whether a path needs one change alone."""
+    return near is not None and near.cost < 2
 
 
 _SHAPES = {"get_edge_shape", "compare_shape", "infer_runtime_shape", "get_shape", "get_add_qk_str"}

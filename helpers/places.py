@@ -96,12 +96,13 @@ class _Places:
             return call.reason
         starts = f"it starts from {' or '.join(sorted(self.anchors))}, and there is none after the"
         if call:  # of an earlier fusion, which should have made the anchor
-            message = f"{starts} site: {call.reason.fusion} did not fire at {call.anchor.operator}"
+            message = f"{starts} site: {call.reason.fusion} did not fire at the"
+            message += f" {call.anchor.operator} there ({call.reason.cause})"
             return dataclasses.replace(
                 call.reason,
                 fusion=self.fusions,
                 cause="missing_anchor",
-                message=f"{message} {call.anchor.name} ({call.reason.cause})",
+                message=message,
                 earlier=call.reason,
                 sites=[],
             )

@@ -109,6 +109,17 @@ def test_readme_table_has_each_notebook_with_its_result():
     assert rows == [(path.stem, path.stem, result(path)) for path in NOTEBOOKS]
 
 
+def test_readme_has_the_explanation_of_the_notebook():
+    """What the README shows of `explain` is what the first notebook printed."""
+    (cell,) = [
+        cell
+        for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells
+        if "explanation" in cell.metadata.get("tags", [])
+    ]
+    shown = re.findall(r"```text\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert [one.strip() for one in shown] == [cell.outputs[-1].text.strip()]
+
+
 def test_readme_links_lead_somewhere():
     for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / link).exists(), link
