@@ -204,12 +204,12 @@ def _bounded(models: list[Path]) -> Iterator[None]:
 
 def _beside(path: Path) -> list[Path]:
     """The file, and those in its folder that it names or that are called like it: its data."""
-    start = path.read_bytes() if path.stat().st_size < SEARCHED else b""
-    return [
-        file
-        for file in path.parent.iterdir()
-        if file.is_file() and (file.name.startswith(path.name) or file.name.encode() in start)
-    ]
+    try:
+        start = path.read_bytes() if path.stat().st_size < SEARCHED else b""
+        near = [one for one in path.parent.iterdir() if one.is_file()]
+    except OSError:  # the command says it better
+        return []
+    return [one for one in near if one.name.startswith(path.name) or one.name.encode() in start]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -269,7 +269,7 @@ def _gaps(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     if expected.dtype.kind not in "fiub":
         return np.where(expected == found, 0.0, np.inf)
     with np.errstate(invalid="ignore"):
-        gaps = np.abs(expected.astype(np.float64) - found.astype(np.float64))
+        gaps = np.asarray(np.abs(expected.astype(np.float64) - found.astype(np.float64)))
     gaps[expected == found] = 0.0
     return np.where(np.isnan(gaps), np.inf, gaps)
 

@@ -148,7 +148,12 @@ class _Places:
     def _downstream(
         self, site: graph.Site, own: set[ir.Node], touching: Call | None
     ) -> Call | None:
-        """The call that started from the first anchor after the site, before another site."""
+        """The call that started from the first anchor after the site, before another site.
+
+        Where a residual connection around what comes after the site ends, the feed-forward part
+        does, and anchors behind that are not the site's.
+        """
+        after = self._reached(site.context or site.node, own)
         queue, seen = deque([site.node]), {site.node}
         while queue:
             node = queue.popleft()
@@ -160,10 +165,22 @@ class _Places:
                 if calls and touching is None:
                     return calls[-1]
                 for user in value.consumers():
-                    if user not in seen and user not in self.products - own:
+                    makers = [one.producer() for one in user.inputs if one is not None]
+                    joins = user.op_type == "Add" and len(makers) == 2 and after.issuperset(makers)
+                    if user not in seen and user not in self.products - own and not joins:
                         seen.add(user)
                         queue.append(user)
         return None
+
+    def _reached(self, start: ir.Node, own: set[ir.Node]) -> set[ir.Node]:
+        """The nodes downstream of `start`, up to other sites."""
+        queue, seen = [start], {start}
+        while queue:
+            users = {user for value in queue.pop().outputs for user in value.consumers()}
+            new = users - seen - (self.products - own)
+            seen |= new
+            queue += new
+        return seen
 
 
 def _near(call: Call) -> bool:

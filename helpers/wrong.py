@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 
 from helpers import files, graph, parity
 from helpers.feeds import Feed
@@ -57,7 +58,7 @@ def find(
     that have taken away what is read elsewhere.
     """
     path, fused = Path(path).absolute(), Path(fused).absolute()
-    whole = parity.compare(path, [fused], cases, description).candidates[0]
+    whole = parity.compare(path, [_candidate(path, fused)], cases, description).candidates[0]
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
@@ -87,6 +88,26 @@ def find(
         for site in piece.sites
     }
     return whole, wrong or every
+
+
+def _candidate(path: Path, fused: Path) -> parity.Model:
+    """The model `fused`, given those inputs of the one at `path` that it still has."""
+    before, after = (
+        {one.name for one in onnx.load(file, load_external_data=False).graph.input}
+        for file in (path, fused)
+    )
+    if not after < before:
+        return fused
+    session: list[ort.InferenceSession] = []
+
+    def run(arrays: parity.Outputs) -> parity.Outputs:
+        if not session:
+            session.append(files.session(fused))
+        names = [one.name for one in session[0].get_outputs()]
+        given = {name: one for name, one in arrays.items() if name in after}
+        return dict(zip(names, session[0].run(None, given), strict=True))
+
+    return run
 
 
 def pieces(model: ir.Model, proto: onnx.ModelProto) -> list[Piece]:

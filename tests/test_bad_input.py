@@ -175,7 +175,7 @@ def test_a_link_to_a_model_works(tmp_path):
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, capfd):
     path = write(tmp_path / "a.onnx")
 
-    def denied(self, *_):
+    def denied(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", denied)  # root may read everything

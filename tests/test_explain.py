@@ -84,6 +84,31 @@ def test_no_anchor_after_a_site(tmp_path):
     assert reason.check.operands["after the site"].endswith("Add n_residual")
 
 
+def test_a_normalisation_that_is_not_there(tmp_path):
+    """The next one is behind the feed-forward part, and not the attention's."""
+    text = ATTENTION.replace(
+        "[n_norm] y = LayerNormalization <axis = -1> (r, gamma, beta)",
+        """[n_up] u = MatMul (r, wq) [n_act] a = Relu (u) [n_down] d = MatMul (a, wk)
+        [n_sum] s = Add (r, d) [n_next] y = LayerNormalization <axis = -1> (s, gamma, beta)""",
+    )
+    (reason,) = explain(attention(tmp_path, text), "bart", **options()).reasons
+    assert reason.cause == "missing_anchor"
+    assert "Add n_residual, MatMul n_up" in reason.check.operands["after the site"]
+
+
+def test_an_input_that_the_optimizer_drops(tmp_path):
+    """Where a scale that the fusion does not read is an input, the result has one less."""
+    text = ATTENTION.replace("Add (bq, q0)", "Add (q0, bq)").replace(
+        "[n_k_heads] k1 = Reshape (k0, heads)",
+        "[n_kb] kb = Add (k0, bv) [n_k_heads] k1 = Reshape (kb, heads)",
+    )
+    text = text.replace("Mul (s0, half)", "Div (s0, root)").replace(
+        "8] given) =>", "8] given, float root) =>"
+    )
+    found = explain(attention(tmp_path, text), "bert", **options(), parity=True)
+    assert [(site.fused, site.wrong) for site in found.sites] == [(True, True)]
+
+
 def test_an_anchor_that_an_earlier_fusion_did_not_make(tmp_path):
     """CLIP's fusion starts from SkipLayerNormalization alone."""
     text = ATTENTION.replace("[n_norm]", "[n_foreign] f = Neg (r) [n_norm]").replace(

@@ -246,3 +246,13 @@ def test_the_report_is_json_and_text(tmp_path):
     assert answer["parity"]["inputs"].startswith("inferred: ")
     assert "NOT HELD" in str(report)
     assert list(report.table()["parity"]) == ["held", "not held"]
+
+
+def test_outputs_of_no_dimension(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    mean (float[batch,8] given) => (float m)
+    { m = ReduceMean <keepdims = 0> (given) }"""
+    path = write(tmp_path / "mean.onnx", text)
+    cases, description = feeds.infer(path)
+    assert parity.compare(path, [path], cases, description).held
