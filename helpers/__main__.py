@@ -91,6 +91,15 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return status, found.to_json(), f"{arguments.model}\n{found}"
 
 
+def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers import fuse
+
+    path = files.check(arguments.model)
+    with contextlib.redirect_stdout(sys.stderr):  # its progress
+        done = fuse.fuse(path, arguments.out, target=arguments.target, inputs=arguments.inputs)
+    return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
+
+
 def _save_cut(arguments: argparse.Namespace, found: Any) -> None:
     """Write the neighbourhood of the first reason's node, as a picture or a model."""
     from helpers import graph, view
@@ -157,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--what-if", action="store_true", help="the same at the other levels, each compared"
     )
+    fuse = add("fuse", _fuse, "every attention site as one operator, right or not at all")
+    fuse.add_argument("model", type=Path, metavar="IN.onnx")
+    fuse.add_argument("out", type=Path, metavar="OUT.onnx")
+    fuse.add_argument(
+        "--target",
+        choices=("portable", "cpu"),
+        default="portable",
+        help="operators of the standard alone, or com.microsoft's too",
+    )
+    fuse.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
     view = add("view", _view, "Netron on the part of a model that matters, live or as a picture")
     view.add_argument("model", type=Path, metavar="MODEL.onnx")
     view.add_argument("--around", metavar="NODE", help="the node, or a tensor that it computes")

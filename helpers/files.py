@@ -306,19 +306,31 @@ def _move_data(draft: Path, path: Path, moved: list[Path]) -> None:
     draft.write_bytes(model.SerializeToString())
 
 
-def save(model: ir.Model, path: str | Path) -> Path:
-    """Save `model` by `writing`: one file, or above 1.5 GB with its weights in a file beside it.
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A path in `parent` to write a model to that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=DRAFT, dir=parent) as folder:
+        yield Path(folder) / "scratch.onnx"
 
-    Returns the absolute path. ``onnx_ir.save`` is used since ``onnx.save`` looks for an old data
-    file in the working directory and appends to it.
+
+def write(model: ir.Model, path: Path) -> None:
+    """Write `model` to `path`: one file, or above 1.5 GB with its weights in a file beside it.
+
+    ``onnx_ir.save`` is used since ``onnx.save`` looks for an old data file in the working directory
+    and appends to it.
     """
-    path = Path(path).absolute()
     weights = sum(
         value.const_value.nbytes
         for graph in model.graphs()
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+    ir.save(model, path, external_data="weights.data" if weights > ONE_FILE else None)
+
+
+def save(model: ir.Model, path: str | Path) -> Path:
+    """Save `model` by `writing`, as `write` does; returns the absolute path."""
+    path = Path(path).absolute()
     with writing(path) as draft:
-        ir.save(model, draft, external_data="weights.data" if weights > ONE_FILE else None)
+        write(model, draft)
     return path

@@ -39,7 +39,7 @@ FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
 }
 
 # Operators that leave each score, or each weight, at its place on the last axes.
-_ELEMENTWISE = {
+ELEMENTWISE = {
     *("Add", "Cast", "CastLike", "Clip", "Div", "Dropout", "Expand", "Identity", "Max", "Min"),
     *("Mul", "Pow", "Sub", "Sum", "Tanh", "Where", "DequantizeLinear", "QuantizeLinear"),
     *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
@@ -232,12 +232,12 @@ def _constant(value: ir.Value | None = None) -> list[int] | None:
     return None if tensor is None else [int(item) for item in tensor.numpy().ravel()]
 
 
-def _through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
+def through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
     """Follow `axis` through `node`, from its input to its output or back. None: it does not pass.
 
     Reshapes are taken to leave the last axes as they are, as splitting and merging heads does.
     """
-    if node.op_type in _ELEMENTWISE or node.op_type in _RESHAPING:
+    if node.op_type in ELEMENTWISE or node.op_type in _RESHAPING:
         return axis
     if node.op_type == "Transpose":
         perm = node.attributes.get_ints("perm") or [*range(_rank(*node.inputs) or 2)][::-1]
@@ -261,7 +261,8 @@ def _through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
     return None
 
 
-def _equation(node: ir.Node) -> tuple[list[str], str]:
+def equation(node: ir.Node) -> tuple[list[str], str]:
+    """The terms of an Einsum, and its result."""
     terms, _, result = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
     return terms.split(","), result
 
@@ -269,7 +270,7 @@ def _equation(node: ir.Node) -> tuple[list[str], str]:
 def _operands(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value] | None:
     """The operands of a product that bring its output's `axis`, and the other one."""
     if node.op_type == "Einsum":
-        terms, result = _equation(node)
+        terms, result = equation(node)
         if len(terms) != 2 or len(result) < -axis or result[axis] == ".":
             return None
         holds = [result[axis] in term for term in terms]
@@ -285,7 +286,7 @@ def _operands(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value] | None:
 def _contracts(node: ir.Node, value: ir.Value, axis: int) -> ir.Value | None:
     """The other operand, if the product sums over `axis` of its operand `value`; else None."""
     if node.op_type == "Einsum":
-        terms, result = _equation(node)
+        terms, result = equation(node)
         if len(terms) != 2:
             return None
         mine = node.inputs.index(value)
@@ -331,7 +332,7 @@ def _scores(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
             learned = learned or (None if _is_linear(node, operands[1]) else node)
             queue.append((operands[0], axis))  # heads mixed by a weight: the scores are above
             continue
-        above = _through(node, axis, forward=False)
+        above = through(node, axis, forward=False)
         if above is not None:
             queue += [(one, above) for one in node.inputs if one is not None]
     return learned
@@ -353,7 +354,7 @@ def _context(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None
                 if other is None and node.inputs[0] is value and node.inputs[1] not in known:
                     queue.append((node.outputs[0], axis))  # heads mixed by a weight
                 continue
-            below = _through(node, axis, forward=True)
+            below = through(node, axis, forward=True)
             if below is not None:
                 queue += [(one, below) for one in node.outputs]
     return None

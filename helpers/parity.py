@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # 24, of which a few dozen layers lose some more. Integers and booleans are compared exactly.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
+MASKED = -5e3  # scores at most this low have been masked: by -1e4, -1e6, the smallest float, …
+
 Model = str | Path | Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 Outputs = dict[str, np.ndarray]
 
@@ -330,8 +332,7 @@ def _empty(feed: Feed, outputs: Outputs, scores: ort.InferenceSession | None) ->
     lengths = {a.shape[1] for a in (*feed.arrays.values(), *outputs.values()) if a.ndim in (2, 3)}
     found: dict[int, np.ndarray] = {}
     for values in scores.run(None, feed.arrays):
-        lowest = -1e30 if values.dtype != np.float16 else -6e4  # masks add the smallest float
-        masked = ~(values > lowest).any(axis=-1)  # (batch, heads, rows) or (batch · heads, rows)
+        masked = ~(values > MASKED).any(axis=-1)  # (batch, heads, rows) or (batch · heads, rows)
         rows = masked.shape[-1]
         if masked.size and len(masked) % batch == 0:
             masked = masked.reshape(batch, -1, rows)
@@ -340,6 +341,10 @@ def _empty(feed: Feed, outputs: Outputs, scores: ort.InferenceSession | None) ->
             else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
                 masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
             found[rows] = found.get(rows, False) | masked
+    for keys in feed.keys.values():  # scores tell no longer where their maximum was taken off
+        padding = ~keys.any(axis=1)
+        for rows, masked in found.items():
+            found[rows] = masked | padding[:, None]
     return [masked for masked in found.values() if masked.any()]
 
 

@@ -1,0 +1,240 @@
+"""Fuse every attention site of an ONNX model, right or not at all.
+
+The graph is brought to opset 23, each site is lifted into one operator (`helpers.fusions`), and
+the result is compared with the file that it came from. Where they differ, nothing is written, and
+the step at fault is found by bisection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common as passes
+from onnxscript import version_converter
+
+from helpers import feeds, files, graph, parity
+from helpers.fusions import attention, masks, rotary
+from helpers.quiet import quiet
+
+OPSET = 23  # the first with Attention
+TARGETS = ("portable", "cpu")
+
+
+@dataclasses.dataclass
+class Fused:
+    """What `fuse` did: sites and how many of them are fused, the operators that fuse them, and how
+    the result compares. `left` and `repaired` have a line for each site, or node. `at_fault` names
+    the step from which on parity did not hold; there is no file then."""
+
+    path: Path
+    sites: int
+    fused: int
+    operators: dict[str, int]
+    left: list[str]
+    repaired: list[str]
+    parity: parity.Candidate
+    inputs: str
+    at_fault: str | None = None
+
+    @property
+    def held(self) -> bool:
+        return self.parity.held
+
+    def to_json(self) -> dict[str, Any]:
+        gap = self.parity.max_abs_diff
+        return {
+            "sites": self.sites,
+            "fused": self.fused,
+            "operators": self.operators,
+            "parity": {
+                "held": self.held,
+                "max_abs_diff": gap if np.isfinite(gap) else None,
+                "tolerance": self.parity.tolerance,
+                "where": self.parity.reason or self.parity.where,
+                "inputs": self.inputs,
+            },
+            "repaired": self.repaired,
+            "left": self.left,
+            "at_fault": self.at_fault,
+        }
+
+    def __str__(self) -> str:
+        operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        lines = [
+            f"{self.sites} attention sites, {self.fused} fused ({operators or 'none'})",
+            *(f"left: {line}" for line in self.left),
+            *(f"repaired: {line}" for line in self.repaired),
+            f"inputs {self.inputs}",
+            str(self.parity),
+        ]
+        if not self.held:
+            lines.append(f"not written; at fault: {self.at_fault}")
+        return "\n".join(lines)
+
+
+class _NotHeld(Exception):
+    """Leaves the writing of a file whose parity does not hold."""
+
+
+def fuse(
+    path: str | Path,
+    out: str | Path,
+    *,
+    target: str = "portable",
+    inputs: str | Path | None = None,
+) -> Fused:
+    """Fuse the model at `path` for `target`, and write it to `out` if it computes the same.
+
+    `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
+    com.microsoft. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
+    are inferred. Raises ValueError on another target, `files.BadInput` on a model that is none, or
+    whose inputs cannot be inferred.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
+    path, out = Path(path).absolute(), Path(out).absolute()
+    if out.exists() and out.samefile(path):
+        raise files.BadInput(f"{out}: expected another file than the input; choose another name")
+    report = _Report()
+    model = _stepped(path, target, report)
+    sites = graph.sites(model)
+    names = [site.node.op_type for site in sites if site.fused]
+    try:
+        with files.writing(out) as draft:
+            files.write(model, draft)
+            del model, sites
+            print("comparing …", flush=True)
+            cases, description = feeds.read(inputs, draft if report.repaired else path)
+            reference = _reference(path, report)
+            compared = parity.compare(reference, [draft], cases, description)
+            answer = Fused(
+                out,
+                report.sites,
+                len(names),
+                {name: names.count(name) for name in dict.fromkeys(names)},
+                report.left,
+                report.repaired,
+                compared.candidates[0],
+                compared.inputs,
+            )
+            answer.parity.name = str(out)
+            if not answer.held:
+                raise _NotHeld
+    except _NotHeld:
+        answer.at_fault = _bisect(path, target, reference, cases, out)
+    return answer
+
+
+@dataclasses.dataclass
+class _Report:
+    """What the steps say of themselves."""
+
+    sites: int = 0
+    left: list[str] = dataclasses.field(default_factory=list)
+    by_rows: list[str] = dataclasses.field(default_factory=list)
+    by_definition: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def repaired(self) -> list[str]:
+        """What was repaired: where the file runs on one row at a time, and where it does not."""
+        return self.by_rows + self.by_definition
+
+
+def _stepped(path: Path, target: str, report: _Report, number: int | None = None) -> ir.Model:
+    """The model at `path` after all of the steps, or the first `number`, ready to be saved."""
+    model = graph.load(path)
+    for i, _ in enumerate(_steps(model, target, report), 1):
+        if i == number:
+            break
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    model.graph.sort()
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.NameFixPass()(model)
+    return model
+
+
+def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
+    """Change `model`, step by step, and say which was done."""
+    with quiet():
+        convert(model)
+    yield f"the conversion to opset {OPSET}"
+    passes.ShapeInferencePass()(model)
+    report.by_rows += rotary.repair(model)
+    report.by_definition += masks.repair(model)
+    yield "the repair of what ONNX Runtime refuses"
+    sites = graph.sites(model)
+    report.sites = len(sites)
+    for site in sites:
+        if site.fused:
+            continue
+        try:
+            attention.fuse(model, site)
+        except attention.Left as why:
+            report.left.append(f"{site.name}: {why}")
+        yield f"site {site.name} ({site.layer})" if site.layer else f"site {site.name}"
+
+
+def convert(model: ir.Model) -> None:
+    """Bring `model`, in place, to opset 23 if it has a lower one."""
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OPSET))
+    if opset < 18:  # onnxscript's converter begins there; this leaves the start to onnx's
+        version_converter.ConvertVersionPass(18, fallback=True)(model)
+    if opset < OPSET:
+        version_converter.convert_version(model, OPSET)
+
+
+def _bisect(
+    path: Path, target: str, reference: parity.Model, cases: list[feeds.Feed], out: Path
+) -> str:
+    """The name of the first step after which parity does not hold."""
+    names = [*_steps(graph.load(path), target, _Report())]
+    low, high = 0, len(names)  # after `low` steps it holds, after `high` it does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        print(f"looking for the step at fault: {middle} of {len(names)} …", flush=True)
+        with files.scratch(out.parent) as draft:
+            files.write(_stepped(path, target, _Report(), middle), draft)
+            held = parity.compare(reference, [draft], cases, "").held
+        low, high = (middle, high) if held else (low, middle)
+    return names[high - 1]
+
+
+def _reference(path: Path, report: _Report) -> parity.Model:
+    """What to compare with: the model at `path`, run in the way that it can be run."""
+    if report.by_definition:
+        evaluator = ReferenceEvaluator(str(path))  # by the operators' definitions, in numpy
+
+        def run(arrays: parity.Outputs) -> parity.Outputs:
+            return dict(zip(evaluator.output_names, evaluator.run(None, arrays), strict=True))
+
+        return run
+    return _by_rows(path) if report.by_rows else path
+
+
+def _by_rows(path: Path) -> parity.Model:
+    """Runs the model at `path` on one row of a batch at a time, which is all that it can run on."""
+    session = files.session(path, optimise=False)
+    names = [one.name for one in session.get_outputs()]
+
+    def rows(arrays: parity.Outputs) -> parity.Outputs:
+        batch = max(len(array) for array in arrays.values() if array.ndim > 1)
+        answers = [
+            session.run(
+                names,
+                {
+                    name: array[i : i + 1] if len(array) == batch and array.ndim > 1 else array
+                    for name, array in arrays.items()
+                },
+            )
+            for i in range(batch)
+        ]
+        return {name: np.concatenate(one) for name, *one in zip(names, *answers, strict=True)}
+
+    return rows

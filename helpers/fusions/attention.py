@@ -1,0 +1,564 @@
+"""Attention, lifted from the graph itself: softmax(scale·Q·Kᵀ + bias)·V becomes one operator.
+
+No pattern of operators. From a site (`graph.sites`) the walk goes from the product of queries with
+keys to the Softmax, and on to the product with the values. What lies between is read as what it
+does to the scores x:
+
+    x·c, x/c      a number                  → scale (one number a query: into the queries)
+    x + b, x - b  any tensor                → bias
+    where(m, x, -inf), where(m, -inf, x)    → bias of 0 and -inf
+    c·tanh(x/c)                             → softcap
+    casts, dropouts, reshapes, transposes   → followed
+    where(no key, 0, weights)               → left out: the operator's result is finite there
+    weights·h     one number a head or query → result·h
+
+so that scale, mask and relative positions may be written in any way and order. Anything else there
+leaves the site as it is, with the reason. What computes Q, K, V and the bias (projections, rotary
+embeddings, caches) is not touched.
+
+Shapes: queries (B, N, S, D), keys (B, N, T, D), values (B, N, T, Dv), or with any other number of
+axes before the last two; the operator gets them with four. Follows ONNX's Attention, opset 23.
+"""
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from helpers import graph
+from helpers.fusions import masks, products
+from helpers.fusions.values import constant, dim, number, rank, tail
+
+NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
+_SAME = {"Cast", "CastLike", "Dropout", "Identity"}
+_RESHAPES = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+_CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
+_FOUR = "four axes"
+
+
+class Left(Exception):
+    """A site that is left as it is, and why."""
+
+
+def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
+    """Replace what `site` computes by a standard Attention, which is returned.
+
+    Raises `Left`, with `model` as it was, where that cannot be done.
+    """
+    return _Lift(model, site).replace()
+
+
+class _Lift:
+    """One site as it is read, and the nodes that will stand for it."""
+
+    def __init__(self, model: ir.Model, site: graph.Site) -> None:
+        kinds = site.scores.op_type, site.context.op_type
+        scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
+        if scores is None or context is None:
+            raise Left(f"its products are {kinds[0]} and {kinds[1]}")
+        site = dataclasses.replace(site, scores=scores, context=context)
+        self.model, self.site = model, site
+        self.tape = ir.tape.Tape()
+        self.known = graph.from_input(model)
+        self.scale = 1.0
+        self.softcap: float | None = None  # 0 between the tanh and the factor after it
+        self.bias: ir.Value | None = None
+        self.row_scales: list[tuple[str, ir.Value]] = []  # Mul or Div, and by what
+        self.result_scales: list[tuple[str, ir.Value]] = []
+        self.conditions: list[tuple[ir.Value, bool]] = []  # of masks: what, and where it holds
+        self.reshapes: list[ir.Node] = []
+        self.full = False  # whether the bias has been brought to the shape of all scores
+        self.casts = False
+        self.added: ir.Value | None = None  # how many keys were added that are not the product's
+        self.dropped = False  # whether their weights are dropped after the Softmax
+
+    def replace(self) -> ir.Node:
+        """Read the site, build the operator, put it in place."""
+        scores, softmax, context = self.site.scores, self.site.node, self.site.context
+        if softmax.op_type != "Softmax":
+            raise Left(f"{graph.name(softmax)} is a {softmax.op_type}, and not a Softmax")
+        before = self._between(scores, softmax.inputs[0])
+        axis = softmax.attributes.get_int("axis", -1)
+        axis -= (rank(softmax.inputs[0]) or 0) if axis >= 0 else 0
+        for node, _ in reversed(before):
+            axis = graph.through(node, axis, forward=False) or axis
+        # Where the keys are on the last axis but one, everything is read as transposed.
+        self.flip = axis == -2
+        self._read_operands(*scores.inputs)
+        self.before = before
+        for node, at in before:
+            self._read_score(node, at)
+        if softmax.attributes.get_int("axis", -1) % max(rank(softmax.inputs[0]) or 4, 1) != (
+            (rank(softmax.inputs[0]) or 4) - 1 - self.flip
+        ):
+            raise Left(f"{graph.name(softmax)} is over another axis than the keys'")
+        weights = next(
+            value
+            for value in context.inputs
+            if value.producer() is softmax or value in self._below(softmax)
+        )
+        after = self._between(softmax, weights)
+        for node, at in after:
+            self._read_weight(node, at)
+        return self._build([node for node, _ in after], weights)
+
+    # ── Reading ─────────────────────────────────────────────────────────────────────────────────
+
+    def _below(self, node: ir.Node) -> set[ir.Value]:
+        """What is computed from the results of `node`, not from their shapes, in the same graph."""
+        found = set(node.outputs)
+        queue = [*node.outputs]
+        while queue:
+            for user in queue.pop().consumers():
+                here = user.graph is node.graph and user.op_type != "Shape"
+                if here and not found.issuperset(user.outputs):
+                    found.update(user.outputs)
+                    queue += user.outputs
+        return found
+
+    def _between(self, first: ir.Node, last: ir.Value) -> list[tuple[ir.Node, int]]:
+        """The nodes on the way from the result of `first` to `last`, and by which input."""
+        below, path = self._below(first), []
+        while (node := last.producer()) is not first:
+            onward = [value for value in node.inputs if value in below]
+            if node.op_type == "Where" and node.inputs[0] in below:
+                onward = onward[1:]  # a condition on the scores themselves
+            elif node.op_type in ("Reshape", "Expand", "Slice") or _off_the_top(node):
+                onward = onward[:1]  # a shape computed from the scores' own; their maximum
+            if len(set(onward)) != 1:
+                raise Left(f"{node.op_type} {graph.name(node)} takes the scores twice")
+            last = onward[0]
+            where = [i for i, value in enumerate(node.inputs) if value is last]
+            path.append((node, where[-1]))
+        return path[::-1]
+
+    def _read_operands(self, first: ir.Value, second: ir.Value) -> None:
+        self.rank = max(rank(first) or 0, rank(second) or 0)
+        if not self.rank:
+            raise Left(f"how many axes {first.name} has is not known")
+        query, key = (second, first) if self.flip else (first, second)
+        query, key = self._unscaled(query), self._unscaled(key)
+        if self.flip:
+            query = self._unscaled(self._swapped(query))
+        else:
+            key = self._unscaled(self._swapped(key))
+        self.query, self.key = self._broadcast(query, key), self._broadcast(key, query, heads=False)
+
+    def _unscaled(self, value: ir.Value) -> ir.Value:
+        """What `value` is a multiple of; the number goes into the scale."""
+        node = value.producer()
+        if node is None or node.op_type not in ("Mul", "Div"):
+            return value
+        for side in (1, 0) if node.op_type == "Mul" else (1,):
+            factor = number(node.inputs[side])
+            same = rank(node.inputs[1 - side]) == rank(value) is not None
+            if factor and same:
+                self.scale *= factor if node.op_type == "Mul" else 1 / factor
+                return self._unscaled(node.inputs[1 - side])
+        return value
+
+    def _swapped(self, value: ir.Value) -> ir.Value:
+        """`value` with its last two axes exchanged."""
+        axes = rank(value)
+        if axes is None:
+            raise Left(f"how many axes {value.name} has is not known")
+        node, perm = value.producer(), [*range(axes)]
+        if node is not None and node.op_type == "Transpose":
+            perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
+            value = node.inputs[0]
+        perm[-2:] = perm[:-3:-1]
+        return value if perm == sorted(perm) else self.tape.op("Transpose", [value], {"perm": perm})
+
+    def _broadcast(self, value: ir.Value, other: ir.Value, *, heads: bool = True) -> ir.Value:
+        """`value` with as many axes as the scores, and no axis of size 1 where `other` has more.
+
+        Without `heads`, the axis of the heads may be 1: the operator shares keys by itself.
+        """
+        missing = self.rank - (rank(value) or self.rank)
+        leading = [*range(-self.rank, -3 if self.rank == 4 and not heads else -2)]
+        one = [axis for axis in leading if dim(value, axis) == 1 != dim(other, axis)]
+        unknown = any(dim(value, axis) is None for axis in leading)
+        learned = unknown and not self._from_input(value)
+        if missing:
+            value = self.tape.op("Unsqueeze", [value, self._ints(*range(missing))])
+        if one or learned:
+            ones = self._ints(*[1] * (self.rank - len(leading)))
+            size = self.tape.op("Shape", [other], {"start": 0, "end": len(leading)})
+            shape = self.tape.op("Concat", [size, ones], {"axis": 0})
+            value = self.tape.op("Expand", [value, shape])
+        return value
+
+    def _from_input(self, value: ir.Value) -> bool:
+        node = value.producer()
+        if node is None or node not in self.tape.nodes:
+            return value in self.known
+        return any(self._from_input(one) for one in node.inputs)
+
+    def _read_score(self, node: ir.Node, at: int) -> None:
+        """What `node`, which gets them as its input `at`, does to the scores."""
+        kind, inputs = node.op_type, node.inputs
+        other = next((value for i, value in enumerate(inputs) if i != at), None)
+        if kind in _SAME:
+            self.casts |= kind.startswith("Cast")
+            if self.bias is not None and kind.startswith("Cast"):
+                self.bias = self._again(node, self.bias)
+        elif kind in _RESHAPES or kind == "Transpose":
+            self._reshape(node)
+        elif kind in ("Add", "Sum") and len(inputs) == 2:
+            self._add("Add", other)
+        elif kind == "Sub" and at == 0:
+            if not _off_the_top(node):
+                self._add("Sub", other)
+        elif kind == "Mul" or (kind == "Div" and at == 0):
+            self._multiply(kind, other)
+        elif kind == "Where" and at > 0:
+            self._mask(inputs[0], inputs[3 - at], at == 1)
+        elif kind == "Concat" and at == 0 and len(inputs) == 2:
+            self._add_keys(node, other)
+        elif kind == "Tanh" and self.softcap is None and self.bias is None and not self.row_scales:
+            self.softcap = 0.0
+        elif not _keeps_scores(node, at):
+            raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
+
+    def _multiply(self, kind: str, by: ir.Value) -> None:
+        factor = number(by)
+        if self.softcap == 0.0 and factor and kind == "Mul":
+            self.softcap, self.scale = factor, self.scale * factor
+            return
+        if self.softcap is not None:
+            raise Left("the scores are scaled after a tanh")
+        if factor:
+            self.scale *= factor if kind == "Mul" else 1 / factor
+        else:
+            self.row_scales.append((kind, self._of_rows(by)))
+        if self.bias is not None:
+            self.bias = self.tape.op(kind, [self.bias, self._upright(by)])
+
+    def _of_rows(self, value: ir.Value) -> ir.Value:
+        """`value`, which must be one for all keys; in terms of (…, S, T)."""
+        value = self._upright(value)
+        if tail(value)[1] != 1 or self.reshapes:
+            raise Left(f"{value.name} is multiplied with, and may differ from key to key")
+        return value
+
+    def _upright(self, value: ir.Value) -> ir.Value:
+        """An operand beside the scores, in terms of (…, S, T)."""
+        axes = 0 if number(value) is not None and constant(value).size == 1 else rank(value)
+        if not self.flip or axes == 0:
+            return value
+        if axes is None:
+            raise Left(f"how many axes {value.name} has is not known")
+        return (
+            self.tape.op("Unsqueeze", [value, self._ints(1)]) if axes == 1 else self._swapped(value)
+        )
+
+    def _add(self, kind: str, value: ir.Value) -> None:
+        value = self._upright(value)
+        self._lay_out()
+        if self.bias is not None:
+            self.bias = self.tape.op(kind, [self.bias, value])
+        else:
+            self.bias = value if kind == "Add" else self.tape.op("Neg", [value])
+        if self.softcap == 0.0:
+            raise Left("something is added between a tanh and its factor")
+
+    def _mask(self, condition: ir.Value, other: ir.Value, keeps: bool) -> None:
+        """where(condition, x, other) if it `keeps` x, else where(condition, other, x)."""
+        lowest = number(other)
+        if lowest is None or lowest > NOTHING or self.softcap == 0.0:
+            raise Left(f"{other.name}, in place of masked scores, is not known to be very low")
+        self.conditions.append(_root(condition, keeps))
+        self._lay_out()
+        tensor = ir.convenience.get_const_tensor(other)
+        zero = self.bias or self._number(0.0, tensor.dtype)
+        low = self._number(lowest, tensor.dtype)
+        choice = [zero, low] if keeps else [low, zero]
+        self.bias = self.tape.op("Where", [self._upright(condition), *choice])
+
+    def _reshape(self, node: ir.Node) -> None:
+        if node.op_type == "Transpose":
+            perm = node.attributes.get_ints("perm") or []
+            if [*perm[:-2]] != [*range(len(perm) - 2)] or len(perm) < 2:
+                raise Left(f"Transpose {graph.name(node)} moves more than queries and keys")
+            if perm[-1] != len(perm) - 1:
+                self.flip = not self.flip
+            return
+        if self.flip:
+            raise Left(f"{node.op_type} {graph.name(node)} has the keys before the queries")
+        if self.bias is not None:
+            self.bias = self._again(node, self._whole(self.bias))
+        self.reshapes.append(node)
+
+    def _add_keys(self, node: ir.Node, scores: ir.Value) -> None:
+        """Scores of more keys, beside the product's: keys of zeros, with those scores as bias."""
+        if node.attributes.get_int("axis", 0) not in (-1, self.rank - 1) or self.added is not None:
+            raise Left(f"Concat {graph.name(node)} adds to the scores")
+        if self.flip or self.reshapes or self.softcap is not None:
+            raise Left(f"Concat {graph.name(node)} adds to the scores in another layout")
+        zero = self._number(0.0)
+        bias = self.bias or self.tape.op("CastLike", [zero, scores])
+        self.bias = self.tape.op("Concat", [self._whole(bias), scores], {"axis": -1})
+        self.added = self.tape.op("Shape", [scores], {"start": -1})
+        self.key = self._padded(self.key)
+
+    def _padded(self, value: ir.Value) -> ir.Value:
+        """Keys or values with zeros for the ones that were added."""
+        sizes = [
+            self.tape.op("Shape", [value], {"start": 0, "end": -2}),
+            self.added,
+            self.tape.op("Shape", [value], {"start": -1}),
+        ]
+        shape = self.tape.op("Concat", sizes, {"axis": 0})
+        zero = self.tape.op("CastLike", [self._number(0.0), value])
+        zeros = self.tape.op("Expand", [zero, shape])
+        return self.tape.op("Concat", [value, zeros], {"axis": -2})
+
+    def _lay_out(self) -> None:
+        """Before something is added in another layout than the product's: zeros in that layout."""
+        if self.reshapes and self.bias is None:
+            self.bias = self._whole(self.tape.op("CastLike", [self._number(0.0), self.query]))
+            for node in self.reshapes:
+                self.bias = self._again(node, self.bias)
+
+    def _whole(self, bias: ir.Value) -> ir.Value:
+        """`bias` in the shape of all scores, as the product gives them."""
+        if self.full:
+            return bias
+        self.full = True
+        return self.tape.op("Expand", [bias, self._shape_of_scores()])
+
+    def _shape_of_scores(self) -> ir.Value:
+        sizes = [
+            self.tape.op("Shape", [self.query], {"start": 0, "end": -1}),
+            self.tape.op("Shape", [self.key], {"start": -2, "end": -1}),
+        ]
+        return self.tape.op("Concat", sizes, {"axis": 0})
+
+    def _again(self, node: ir.Node, value: ir.Value) -> ir.Value:
+        """What `node` does to the scores, done to `value`."""
+        attributes = {one.name: one for one in node.attributes.values()}
+        made = ir.Node(
+            node.domain, node.op_type, [value, *node.inputs[1:]], attributes.values(), num_outputs=1
+        )
+        self.tape._nodes.append(made)
+        return made.outputs[0]
+
+    def _read_weight(self, node: ir.Node, at: int) -> None:
+        """What `node`, which gets them as its input `at`, does to the weights."""
+        kind, inputs = node.op_type, node.inputs
+        if kind in _SAME:
+            self.casts |= kind.startswith("Cast")
+        elif kind in _RESHAPES or kind == "Transpose":
+            self.bias, kept = None, self.bias
+            self._reshape(node)
+            self.bias = kept
+        elif kind == "Mul" or (kind == "Div" and at == 0):
+            self.result_scales.append((kind, self._of_rows(inputs[1 - at])))
+        elif kind == "Slice" and self.added is not None and number(inputs[1]) == 0.0:
+            self.dropped = True
+        elif not (kind == "Where" and at > 0 and number(inputs[3 - at]) == 0.0):
+            raise Left(f"{kind} {graph.name(node)} is between the Softmax and the values")
+        elif not self._without_keys(inputs[0], at == 1):
+            raise Left(f"{kind} {graph.name(node)} masks the weights after the Softmax")
+
+    def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
+        """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
+        root, holds = _root(condition, keeps)
+        node = root.producer()
+        if (root, holds) in self.conditions or (node is not None and node.op_type == "IsNaN"):
+            return True
+        return (
+            root in self._below(self.site.scores) and dim(condition, -2 if self.flip else -1) == 1
+        )
+
+    # ── Building ────────────────────────────────────────────────────────────────────────────────
+
+    def _build(self, after: list[ir.Node], weights: ir.Value) -> ir.Node:
+        softmax, context = self.site.node, self.site.context
+        if (context.inputs[0] is weights) is self.flip:
+            raise Left(f"{graph.name(context)} does not sum over the keys")
+        value = self._swapped(context.inputs[0]) if self.flip else context.inputs[1]
+        elsewhere = self._read_elsewhere(softmax, [*after, context])
+        if elsewhere and self.reshapes:
+            raise Left(f"the weights are read by {elsewhere} too, in another layout")
+        if self.added is not None and self.dropped:
+            value = self._padded(self._broadcast(value, self.query, heads=False))
+        query = self.query
+        for kind, by in self.row_scales:
+            by = self.tape.op("CastLike", [by, query]) if self.casts else by
+            query = self.tape.op(kind, [query, by])
+        own = value  # with the axes that the values have in the graph
+        if self.reshapes:
+            leading = self.tape.op("Shape", [self.query], {"start": 0, "end": -2})
+            last = self.tape.op("Shape", [value], {"start": -2})
+            shape = self.tape.op("Concat", [leading, last], {"axis": 0})
+            value = self.tape.op("Reshape", [value, shape])
+        else:
+            value = self._broadcast(value, self.query, heads=False)
+        if self.casts:
+            value = self.tape.op("CastLike", [value, query])
+        inputs = [self._four(query), self._four(self.key), self._four(value)]
+        inputs += [self._four_bias(inputs[0], inputs[1])] if self.bias is not None else []
+        attributes = {"scale": self.scale}
+        if self.softcap == 0.0:
+            raise Left("a tanh is over the scores, without a factor after it")
+        if self.softcap:
+            attributes["softcap"] = self.softcap
+        if self.casts:
+            attributes["softmax_precision"] = int(ir.DataType.FLOAT)
+        if elsewhere:
+            attributes["qk_matmul_output_mode"] = 3
+        outputs = self.tape.op_multi_out(
+            "Attention", inputs, attributes, num_outputs=4 if elsewhere else 1
+        )
+        node = outputs[0].producer()
+        node.metadata_props.update(softmax.metadata_props)
+        node.name = _named(softmax)
+        result = self._back(outputs[0], own)
+        if self.casts:
+            result = self.tape.op("CastLike", [result, own])
+        for kind, by in self.result_scales:
+            result = self.tape.op(kind, [result, by])
+        if self.flip:
+            result = self._swap_new(result)
+        old, new = [context.outputs[0]], [result]
+        if elsewhere:
+            # Reshaped, since ONNX Runtime infers another shape for this output than it has.
+            back = self.tape.op("Reshape", [outputs[3], self._shape_of_scores()])
+            old, new = [softmax.outputs[0], *old], [back, *new]
+        for one, other in zip(old, new, strict=True):
+            other.shape, other.type = one.shape, one.type
+        self._redirect_shapes([softmax, *after])
+        inside = context.graph
+        inside.insert_before(context, self.tape.nodes)
+        for one, other in zip(old, new, strict=True):
+            one.replace_all_uses_with(other, replace_graph_outputs=True)
+            other.name, one.name = one.name, None
+        return node
+
+    def _redirect_shapes(self, after: list[ir.Node]) -> None:
+        """Have those that read the shape of scores or weights read it off the queries and keys."""
+        for node in (self.site.scores, *(one for one, _ in self.before), *after):
+            if node.op_type in (*_RESHAPES, "Concat", "Slice", "Transpose"):
+                return
+            for user in [*node.outputs[0].consumers()]:
+                if user.op_type == "Shape" and not self.flip:
+                    start, end = (user.attributes.get_int(one, None) for one in ("start", "end"))
+                    shape = self._shape_of_scores()
+                    if start or end is not None:
+                        ends = [self._ints(start or 0), self._ints(2**31 if end is None else end)]
+                        shape = self.tape.op("Slice", [shape, *ends])
+                    user.outputs[0].replace_all_uses_with(shape)
+
+    def _read_elsewhere(self, softmax: ir.Node, chain: list[ir.Node]) -> str:
+        """The name of what else reads the weights: a node or an output of the graph; else empty."""
+        values = [softmax.outputs[0], *(node.outputs[0] for node in chain[:-1])]
+        within, queue = {*chain}, [user for value in values for user in value.consumers()]
+        guards = {node.inputs[0] for node in chain if node.op_type == "Where"}
+        for value in guards:
+            within |= _above(value, set(self._below(softmax)))
+        within |= {user for user in queue if user.op_type == "Shape"}
+        for value in values:
+            if value.is_graph_output():
+                return value.name
+        return next((graph.name(user) for user in queue if user not in within), "")
+
+    def _four(self, value: ir.Value) -> ir.Value:
+        """`value` of the rank of the scores, with four axes."""
+        if self.rank < 4:
+            return self.tape.op("Unsqueeze", [value, self._ints(*range(4 - self.rank))])
+        if self.rank > 4:
+            last = self.tape.op("Shape", [value], {"start": -3})
+            shape = self.tape.op("Concat", [self._ints(-1), last], {"axis": 0})
+            return self.tape.op("Reshape", [value, shape])
+        return value
+
+    def _four_bias(self, query: ir.Value, key: ir.Value) -> ir.Value:
+        """The bias with sizes of its own on the last two axes, which the operator asks for."""
+        bias = self.bias
+        if self.full or self.rank > 4:
+            bias = self._whole(bias)
+            bias = self.tape.op("Reshape", [bias, self._shape_of_scores()])
+            bias = self._four(bias)
+        elif tail(bias) != (dim(self.query, -2), dim(self.key, -2)) or None in tail(bias):
+            bias = masks.expanded(self.tape, bias, query, key)
+        return self.tape.op("CastLike", [bias, query]) if self.casts else bias
+
+    def _back(self, result: ir.Value, own: ir.Value) -> ir.Value:
+        """The operator's result with the axes that the product with the values has."""
+        if not self.reshapes and self.rank <= 4:
+            return self._squeezed(result)
+        like = own if self.reshapes else self.query
+        leading = self.tape.op("Shape", [like], {"start": 0, "end": -2})
+        rows = self.tape.op("Shape", [self.query], {"start": -2, "end": -1})
+        width = self.tape.op("Shape", [own], {"start": -1})
+        shape = self.tape.op("Concat", [leading, rows, width], {"axis": 0})
+        return self.tape.op("Reshape", [result, shape])
+
+    def _squeezed(self, value: ir.Value) -> ir.Value:
+        if self.rank == 4:
+            return value
+        return self.tape.op("Squeeze", [value, self._ints(*range(4 - self.rank))])
+
+    def _swap_new(self, value: ir.Value) -> ir.Value:
+        perm = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
+        return self.tape.op("Transpose", [value], {"perm": perm})
+
+    def _ints(self, *numbers: int) -> ir.Value:
+        return self.tape.op("Constant", [], {"value_ints": numbers})
+
+    def _number(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        array = np.array(value, dtype.numpy())
+        return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
+
+
+def _keeps_scores(node: ir.Node, at: int) -> bool:
+    """Whether `node` bounds the scores where none is: at least the lowest number, or the like."""
+    bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
+    if node.op_type == "Max":
+        return None not in bounds and max(bounds) <= NOTHING
+    if node.op_type != "Clip" or None in bounds:
+        return False
+    return all(abs(one) >= -NOTHING for one in bounds)
+
+
+def _off_the_top(node: ir.Node) -> bool:
+    """Whether `node` takes from the scores their maximum in each row, which changes no weight."""
+    top = node.inputs[-1] and node.inputs[-1].producer()
+    if top is not None and top.op_type == "Unsqueeze":
+        top, keeps = top.inputs[0].producer(), 0
+    else:
+        keeps = 1
+    if node.op_type != "Sub" or top is None or top.op_type != "ReduceMax":
+        return False
+    axes = top.attributes.get_ints("axes") or constant(top.inputs[1] if top.inputs[1:] else None)
+    last = axes is not None and [*axes] in ([-1], [(rank(top.inputs[0]) or 0) - 1])
+    return last and top.attributes.get_int("keepdims", 1) == keeps
+
+
+def _root(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
+    """What a condition was made of, and whether it must hold or not."""
+    while (node := condition.producer()) is not None and node.op_type in _CONDITIONS:
+        holds ^= node.op_type == "Not"
+        condition = node.inputs[0]
+    return condition, holds
+
+
+def _above(value: ir.Value, within: set[ir.Value]) -> set[ir.Node]:
+    """The nodes among those that make `within` that `value` is computed by."""
+    found, queue = set(), [value]
+    while queue:
+        node = queue.pop().producer()
+        if node is not None and node not in found and not within.isdisjoint(node.outputs):
+            found.add(node)
+            queue += [one for one in node.inputs if one is not None]
+    return found
+
+
+def _named(softmax: ir.Node) -> str:
+    """The operator's name, after the Softmax's, in which the module may be written."""
+    name = graph.name(softmax)
+    for word, other in (("Softmax", "Attention"), ("softmax", "attention")):
+        if word in name:
+            return name.replace(word, other)
+    return f"{name}/Attention"

@@ -1,0 +1,75 @@
+"""What is known of a value without running the graph: constants, ranks, sizes of axes."""
+
+import numpy as np
+import onnx_ir as ir
+
+from helpers import graph
+
+SMALL = 64  # elements of a constant that may be a shape; a number repeated may have more
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The values of a small constant; None where it is computed, or a weight."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None or tensor.size > SMALL else tensor.numpy()
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number of a constant with one element, or with several that are all the same."""
+    array = constant(value)
+    if array is None or not array.size or (array != array.flat[0]).any():
+        return None
+    return float(array.flat[0])
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of axes, from the value's shape or from what makes it; None where not known."""
+    if value is None:
+        return None
+    if value.shape is not None:
+        return len(value.shape)
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Transpose" and node.attributes.get_ints("perm"):
+        return len(node.attributes.get_ints("perm"))
+    if node.op_type == "Reshape":
+        wanted = node.inputs[1].shape
+        return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
+    if node.op_type in graph.ELEMENTWISE or node.op_type == "MatMul":
+        known = [rank(one) for one in node.inputs if one is not None]
+        return None if None in known else max(known, default=None)
+    return None
+
+
+def dim(value: ir.Value, axis: int) -> int | str | None:
+    """The size of an axis counted from the end: a number, a name, None where not known.
+
+    1 where the value has fewer axes.
+    """
+    if value.shape is None:
+        return None
+    if len(value.shape) < -axis:
+        return 1
+    size = value.shape[axis]
+    return size if isinstance(size, int) else size.value
+
+
+def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:
+    """The sizes of the last two axes; of what elementwise operators made, from their inputs."""
+    node = value.producer()
+    if value.shape is not None or node is None or node.op_type not in graph.ELEMENTWISE:
+        tensor = ir.convenience.get_const_tensor(value)
+        if value.shape is None and tensor is not None:
+            return tuple([1, 1, *tensor.shape.numpy()][-2:])
+        return dim(value, -2), dim(value, -1)
+    if node.op_type in ("Cast", "CastLike", "Expand"):
+        return (None, None) if node.op_type == "Expand" else tail(node.inputs[0])
+    sizes = [tail(one) for one in node.inputs if one is not None]
+    return _joined(one[0] for one in sizes), _joined(one[1] for one in sizes)
+
+
+def _joined(sizes) -> int | str | None:
+    """The size of an axis that has these, broadcast."""
+    sizes = {*sizes} - {1}
+    return 1 if not sizes else sizes.pop() if len(sizes) == 1 else None
