@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import version_converter
 
 from helpers import feeds, files, graph, parity
-from helpers.fusions import attention, masks, rotary
+from helpers.fusions import attention, gelu, heads, masks, rotary
 from helpers.quiet import quiet
 
 OPSET = 23  # the first with Attention
@@ -152,12 +152,18 @@ def _stepped(path: Path, target: str, report: _Report, number: int | None = None
     for i, _ in enumerate(_steps(model, target, report), 1):
         if i == number:
             break
+    clean(model)
+    return model
+
+
+def clean(model: ir.Model) -> None:
+    """Remove what is not used or there twice, in place; sort the nodes and name them all."""
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
-    model.graph.sort()
+    for inside in model.graphs():
+        inside.sort()
     passes.RemoveUnusedOpsetsPass()(model)
     passes.NameFixPass()(model)
-    return model
 
 
 def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
@@ -169,6 +175,8 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     report.by_rows += rotary.repair(model)
     report.by_definition += masks.repair(model)
     yield "the repair of what ONNX Runtime refuses"
+    gelu.fuse(model)
+    yield "Gelu"
     sites = graph.sites(model)
     report.sites = len(sites)
     for site in sites:
@@ -179,6 +187,11 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
         except attention.Left as why:
             report.left.append(f"{site.name}: {why}")
         yield f"site {site.name} ({site.layer})" if site.layer else f"site {site.name}"
+    clean(model)
+    with quiet():
+        passes.ShapeInferencePass()(model)
+    heads.merge(model)
+    yield "heads that are split in the operator"
 
 
 def convert(model: ir.Model) -> None:

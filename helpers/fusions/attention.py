@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.fusions import masks, products
-from helpers.fusions.values import constant, dim, number, rank, tail
+from helpers.fusions.values import constant, dim, number, rank, sized_by, tail
 
 NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
 _SAME = {"Cast", "CastLike", "Dropout", "Identity"}
@@ -163,11 +163,19 @@ class _Lift:
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
         node, perm = value.producer(), [*range(axes)]
+        if (inner := _swapped_in_three(value)) is not None:
+            return inner
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
         perm[-2:] = perm[:-3:-1]
-        return value if perm == sorted(perm) else self.tape.op("Transpose", [value], {"perm": perm})
+        if perm == sorted(perm):
+            return value
+        swapped = self.tape.op("Transpose", [value], {"perm": perm})
+        if value.shape is not None:
+            swapped.shape = ir.Shape([value.shape[axis] for axis in perm])
+        swapped.type = value.type
+        return swapped
 
     def _broadcast(self, value: ir.Value, other: ir.Value, *, heads: bool = True) -> ir.Value:
         """`value` with as many axes as the scores, and no axis of size 1 where `other` has more.
@@ -243,7 +251,7 @@ class _Lift:
 
     def _upright(self, value: ir.Value) -> ir.Value:
         """An operand beside the scores, in terms of (…, S, T)."""
-        axes = 0 if number(value) is not None and constant(value).size == 1 else rank(value)
+        axes = rank(value)
         if not self.flip or axes == 0:
             return value
         if axes is None:
@@ -361,6 +369,43 @@ class _Lift:
         elif not self._without_keys(inputs[0], at == 1):
             raise Left(f"{kind} {graph.name(node)} masks the weights after the Softmax")
 
+    def _guarded(self, context: ir.Node) -> ir.Node:
+        """The last node that stands for the site: a guard behind the product, or the product.
+
+        transformers' exporter writes where(no key, 0, result), from a sum over the mask; the
+        TorchScript exporter a Reshape to the shape that the result has.
+        """
+        users = [user for user in context.outputs[0].consumers() if user.op_type != "Shape"]
+        node = users[0] if len(users) == 1 and not context.outputs[0].is_graph_output() else None
+        if node is None or self.flip or self.reshapes or self.rank != 4:
+            return context
+        if node.op_type == "Reshape" and self._keeps_shape(node):
+            return node
+        if node.op_type != "Where" or len(users) < len(context.outputs[0].consumers()):
+            return context
+        if node.inputs[2] is not context.outputs[0] or number(node.inputs[1]) != 0.0:
+            return context
+        test = node.inputs[0].producer()
+        counted = test.inputs[0].producer() if test is not None and test.op_type == "Less" else None
+        if counted is None or counted.op_type != "ReduceSum" or number(test.inputs[1]) != 1.0:
+            return context
+        masks_ = {root for root, _ in self.conditions} | _masks(self.bias)
+        return node if _root(counted.inputs[0], True)[0] in masks_ else context
+
+    def _keeps_shape(self, node: ir.Node) -> bool:
+        """Whether the Reshape `node` of the result gives it the sizes that it has."""
+        sizes = node.inputs[1].producer()
+        if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
+            return False
+        value = self.site.context.inputs[1]
+        same = [(node.inputs[0], axis) for axis in range(4)]
+        same += [(self.site.scores.inputs[0], axis) for axis in (0, 1, 2)] + [(value, 3)]
+        kept = [
+            sized_by(one) in same and sized_by(one)[1] == i for i, one in enumerate(sizes.inputs)
+        ]
+        inferred = [number(one) == -1 for one in sizes.inputs]
+        return sum(inferred) <= 1 and all(map(max, kept, inferred))
+
     def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
         """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
         root, holds = _root(condition, keeps)
@@ -421,7 +466,8 @@ class _Lift:
             result = self.tape.op(kind, [result, by])
         if self.flip:
             result = self._swap_new(result)
-        old, new = [context.outputs[0]], [result]
+        last = self._guarded(context)
+        old, new = [last.outputs[0]], [result]
         if elsewhere:
             # Reshaped, since ONNX Runtime infers another shape for this output than it has.
             back = self.tape.op("Reshape", [outputs[3], self._shape_of_scores()])
@@ -429,8 +475,9 @@ class _Lift:
         for one, other in zip(old, new, strict=True):
             other.shape, other.type = one.shape, one.type
         self._redirect_shapes([softmax, *after])
-        inside = context.graph
-        inside.insert_before(context, self.tape.nodes)
+        if not self.flip and not self.reshapes:
+            self._redirect(context.outputs[0], self._shape_of_result(own))
+        last.graph.insert_before(last, self.tape.nodes)
         for one, other in zip(old, new, strict=True):
             one.replace_all_uses_with(other, replace_graph_outputs=True)
             other.name, one.name = one.name, None
@@ -441,14 +488,27 @@ class _Lift:
         for node in (self.site.scores, *(one for one, _ in self.before), *after):
             if node.op_type in (*_RESHAPES, "Concat", "Slice", "Transpose"):
                 return
-            for user in [*node.outputs[0].consumers()]:
-                if user.op_type == "Shape" and not self.flip:
-                    start, end = (user.attributes.get_int(one, None) for one in ("start", "end"))
-                    shape = self._shape_of_scores()
-                    if start or end is not None:
-                        ends = [self._ints(start or 0), self._ints(2**31 if end is None else end)]
-                        shape = self.tape.op("Slice", [shape, *ends])
-                    user.outputs[0].replace_all_uses_with(shape)
+            if not self.flip:
+                self._redirect(node.outputs[0], self._shape_of_scores())
+
+    def _shape_of_result(self, value: ir.Value) -> ir.Value:
+        sizes = [
+            self.tape.op("Shape", [self.query], {"start": 0, "end": -1}),
+            self.tape.op("Shape", [value], {"start": -1}),
+        ]
+        return self.tape.op("Concat", sizes, {"axis": 0})
+
+    def _redirect(self, value: ir.Value, shape: ir.Value) -> None:
+        """Have those that ask for the shape of `value` take `shape` instead."""
+        for user in [*value.consumers()]:
+            if user.op_type != "Shape":
+                continue
+            start, end = (user.attributes.get_int(one, None) for one in ("start", "end"))
+            asked = shape
+            if start or end is not None:
+                ends = [self._ints(start or 0), self._ints(2**31 if end is None else end)]
+                asked = self.tape.op("Slice", [shape, *ends])
+            user.outputs[0].replace_all_uses_with(asked)
 
     def _read_elsewhere(self, softmax: ir.Node, chain: list[ir.Node]) -> str:
         """The name of what else reads the weights: a node or an output of the graph; else empty."""
@@ -512,6 +572,22 @@ class _Lift:
         return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
 
 
+def _masks(bias: ir.Value | None) -> set[ir.Value]:
+    """The conditions that a bias is made of by constants alone."""
+    found, queue = set(), [bias]
+    while queue:
+        value = queue.pop()
+        node = value.producer() if value is not None else None
+        if node is None:
+            continue
+        if node.op_type in ("Add", "CastLike", "Mul", "Sub", *_CONDITIONS):
+            queue += node.inputs
+        if node.op_type == "Where":
+            queue.append(node.inputs[0])
+        found.add(value)
+    return found
+
+
 def _keeps_scores(node: ir.Node, at: int) -> bool:
     """Whether `node` bounds the scores where none is: at least the lowest number, or the like."""
     bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
@@ -520,6 +596,23 @@ def _keeps_scores(node: ir.Node, at: int) -> bool:
     if node.op_type != "Clip" or None in bounds:
         return False
     return all(abs(one) >= -NOTHING for one in bounds)
+
+
+def _swapped_in_three(value: ir.Value) -> ir.Value | None:
+    """What `value` is with its last two axes exchanged, if they were with the others merged.
+
+    onnxscript writes the transpose of keys as Reshape (B·N, T, D), Transpose, Reshape (B, N, D, T).
+    """
+    back = value.producer()
+    swap = back.inputs[0].producer() if back is not None and back.op_type == "Reshape" else None
+    if swap is None or [*(swap.attributes.get_ints("perm") or [])] != [0, 2, 1]:
+        return None
+    merge = swap.inputs[0].producer()
+    if merge is None or merge.op_type != "Reshape" or rank(merge.inputs[0]) != rank(value):
+        return None
+    inner = merge.inputs[0]
+    pairs = [(dim(inner, -1), dim(value, -2)), (dim(inner, -2), dim(value, -1))]
+    return inner if all(one == other or None in (one, other) for one, other in pairs) else None
 
 
 def _off_the_top(node: ir.Node) -> bool:

@@ -12,7 +12,7 @@ Follows ONNX's Attention, opset 23, and ONNX Runtime's attention_helper.h.
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.fusions.values import dim, tail
+from helpers.fusions.values import dim, size, tail
 
 
 def repair(model: ir.Model) -> list[str]:
@@ -34,8 +34,6 @@ def repair(model: ir.Model) -> list[str]:
 
 def expanded(tape: ir.tape.Tape, mask: ir.Value, query: ir.Value, key: ir.Value) -> ir.Value:
     """`mask`, or bias, with axes of S and T at the end, as `query` and `key` have them at -2."""
-    rows = tape.op("Shape", [query], {"start": -2, "end": -1})
-    keys = tape.op("Shape", [key], {"start": -2, "end": -1})
     ones = tape.op("Constant", [], {"value_ints": [1, 1]})
-    shape = tape.op("Concat", [ones, rows, keys], {"axis": 0})
+    shape = tape.op("Concat", [ones, size(tape, query, -2), size(tape, key, -2)], {"axis": 0})
     return tape.op("Expand", [mask, shape])

@@ -15,7 +15,14 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number of a constant with one element, or with several that are all the same."""
+    """The number that a constant is filled with, whatever its shape; None where it is none."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "ConstantOfShape":
+            filled = node.attributes.get_tensor("value", None)
+            return 0.0 if filled is None else float(filled.numpy().flat[0])
+        if node.op_type not in ("Cast", "CastLike", "Expand", "Identity", "Reshape", "Unsqueeze"):
+            break
+        value = node.inputs[0]
     array = constant(value)
     if array is None or not array.size or (array != array.flat[0]).any():
         return None
@@ -53,6 +60,46 @@ def dim(value: ir.Value, axis: int) -> int | str | None:
         return 1
     size = value.shape[axis]
     return size if isinstance(size, int) else size.value
+
+
+def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
+    """The value and axis, from the start, whose size `value` is: read by Shape and Gather."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity", "Unsqueeze", "Squeeze"):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type not in ("Gather", "Shape"):
+        return None
+    if node.op_type == "Shape":
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+        one = end is not None and end - start == 1 and start >= 0
+        return (node.inputs[0], start) if one else None
+    shape, axis = node.inputs[0].producer(), number(node.inputs[1])
+    if shape is None or shape.op_type != "Shape" or axis is None or len(shape.attributes):
+        return None
+    return (shape.inputs[0], int(axis)) if axis >= 0 else None
+
+
+def size(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
+    """The size of an axis, counted from the end, as a tensor of one element.
+
+    Where heads were split by a Reshape to sizes that are computed, the one that was given to it:
+    it is the same in all layers, and so is then what is made from it.
+    """
+    static = dim(value, axis)
+    if isinstance(static, int):
+        return tape.op("Constant", [], {"value_ints": [static]})
+    node, at = value.producer(), axis
+    if node is not None and node.op_type == "Transpose" and node.attributes.get_ints("perm"):
+        perm = node.attributes.get_ints("perm")
+        node, at = node.inputs[0].producer(), perm[axis] - len(perm)
+    if node is not None and node.op_type == "Reshape":
+        sizes = node.inputs[1].producer()
+        if sizes is not None and sizes.op_type == "Concat" and len(sizes.inputs) == rank(value):
+            given = sizes.inputs[at]
+            if given.shape is not None and given.shape.dims == (1,) and constant(given) is None:
+                return given
+    end = {} if axis == -1 else {"end": axis + 1}
+    return tape.op("Shape", [value], {"start": axis, **end})
 
 
 def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:
