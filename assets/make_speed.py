@@ -16,6 +16,7 @@ temporary folder, up to 10 GB for one model.
 import argparse
 import dataclasses
 import functools
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +33,8 @@ from helpers.contenders import Contender
 
 ASSETS = Path(__file__).parent
 LIMIT = 1.03  # the ratio to stay below in every cell
-CLOSE = 1.15  # who is slower than this in the first rounds is not timed in the later ones
-FIRST = 2  # rounds in which all take part
+CLOSE = 1.15  # who is surely slower than this after the first rounds is not timed in the later
+FIRST = 3  # rounds in which all take part
 CELL = ["model", "length", "batch"]
 NONE = {"ratio": "", "low": "", "high": ""}  # how it is written that there is none
 TYPES = {"model": str, "length": int, "batch": int, "contender": str, "kind": str}
@@ -280,17 +281,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each contender on `arrays`: its ratio, with a 95 % interval, or its reason.
 
-    All take part in the first rounds, group by group; ours and the others that may be the fastest
-    are then timed together, in `rounds` of them. Who was too slow keeps the ratio of the first.
+    All take part in the first rounds, `at_once` models in memory; ours and the others that may be
+    the fastest are then timed in `rounds` more, together if memory allows. Who was too slow keeps
+    the ratio of the first rounds.
     """
-    first = benchmark.run(those, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
-    _, slow = ratios(first)
-    kept = [c for c in those if c.label in slow and (c.kind == "ours" or slow[c.label][0] < CLOSE)]
+    able_first = sorted(those, key=lambda c: bool(c.reason))  # groups are compared by the first
+    first = benchmark.run(able_first, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
+    print(first.conditions, flush=True)
+    best, slow = ratios(first)
     rows = {label: (*ratio, FIRST) for label, ratio in slow.items()}
     reasons = dict(first.reasons)
+    kept = [c for c in those if c.label in slow and (c.kind == "ours" or slow[c.label].low < CLOSE)]
+    kept.sort(key=lambda c: c.label != best)  # the first is in each group, if they need several
     if kept:
-        size = max(2, len(kept))
+        peak = max(first.measured[c.label].peak for c in kept)
+        size = int(max(2, min(len(kept), 0.8 * _available() // peak)))
         later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
+        rows = {label: row for label, row in rows.items() if label not in later.reasons}
         rows |= {label: (*ratio, rounds) for label, ratio in ratios(later)[1].items()}
         reasons |= later.reasons
     empty = (np.nan, np.nan, np.nan, 0)
@@ -302,10 +309,21 @@ def measure(
     ]
 
 
+def _available() -> float:
+    """Bytes of memory that can still be had; infinity where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    told = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.is_file() else "")
+    return int(told[1]) * 1024 if told else np.inf
+
+
 def ratios(result: benchmark.Result) -> tuple[str, dict[str, benchmark.Speedup]]:
     """The fastest of the others, and by label each one's time over that one's."""
     kinds = {c.label: c.kind for c in result.contenders}
-    found = {label: one.relative for label, one in result.measured.items()}
+    found = {
+        label: one.relative
+        for label, one in result.measured.items()
+        if np.isfinite(one.relative).all()
+    }
     others = [label for label in found if kinds[label] != "ours"]
     if not others:
         return "", {}
@@ -484,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="routes whose graphs are fused; default: torchscript dynamo",
     )
     parser.add_argument(
-        "--at-once", type=int, default=4, metavar="N", help="models in memory in the first rounds"
+        "--at-once", type=int, default=3, metavar="N", help="models in memory in the first rounds"
     )
     parser.add_argument("--csv", type=Path, default=ASSETS / "speed.csv")
     parser.add_argument("--only-show", action="store_true", help="measure nothing")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import helpers
-from helpers import files, graph
+from helpers import benchmark, contenders, files, graph
 
 COMMAND = Path(__file__).parent.parent / "assets" / "make_speed.py"
 TINY = {
@@ -137,3 +137,50 @@ def test_summary_of_known_numbers(make_speed, tmp_path):
     shown = make_speed.by_model(table)
     assert "0.50 (0.49 to 0.51)" in shown
     assert "ours (dynamo, SDPA): wrong: differs by 1e-02" in shown
+
+
+def test_ratios_are_paired_by_round_with_the_fastest_of_the_others(make_speed):
+    seconds = {"slow": [3, 6], "fast": [2, 4], "ours": [1, 2], "never": [np.nan, np.nan]}
+    kinds = {"slow": "unfused", "fast": "stock", "ours": "ours", "never": "opset23"}
+    result = benchmark.Result(
+        tuple(contenders.onnx(label, "a.onnx", kind) for label, kind in kinds.items()),
+        "slow",
+        {label: benchmark.Measured(np.array(s), 1, {}, None) for label, s in seconds.items()},
+        *({}, {}, {}, ""),
+    )
+    best, found = make_speed.ratios(result)
+    assert best == "fast"
+    assert {label: ratio.median for label, ratio in found.items()} == {
+        "slow": 1.5,
+        "fast": 1,
+        "ours": 0.5,
+    }
+
+
+def test_who_is_slow_is_timed_in_the_first_rounds_alone(make_speed, monkeypatch, tmp_path):
+    """Ours always goes on, the fastest of the others goes first, and who then fails has no time."""
+    seconds = {"a": 2.0, "b": 1.0, "ours": 3.0, "bad": None, "late": 1.01}
+    asked = []
+
+    def run(those, cases, *, rounds, at_once):
+        asked.append(([c.label for c in those], rounds))
+        able = [c.label for c in those if seconds[c.label] and (c.label, rounds) != ("late", 10)]
+        measured = {
+            label: benchmark.Measured(np.full(rounds, seconds[label]), 1, {}, None)
+            for label in able
+        }
+        reasons = {c.label: "died" for c in those if c.label not in able}
+        return {name: benchmark.Result(those, "", measured, reasons, {}, {}, "") for name in cases}
+
+    monkeypatch.setattr(make_speed.benchmark, "run", run)
+    kinds = dict.fromkeys(seconds, "unfused") | {"ours": "ours"}
+    those = [contenders.Contender(label, kind) for label, kind in kinds.items()]
+    rows = {one["contender"]: one for one in make_speed.measure(those, {}, "case", 10, 3)}
+    assert asked == [(["a", "b", "ours", "bad", "late"], 3), (["b", "ours", "late"], 10)]
+    assert [(one["ratio"], one["rounds"]) for one in rows.values()][:3] == [
+        (2, 3),
+        (1, 10),
+        (3, 10),
+    ]
+    assert np.isnan([rows["bad"]["ratio"], rows["late"]["ratio"]]).all()
+    assert rows["bad"]["reason"] == rows["late"]["reason"] == "died"
