@@ -444,9 +444,10 @@ def draw(table: pd.DataFrame, path: Path) -> Figure:
             axes.plot(rows["ratio"], y, marker, color=colour, markersize=6, label=label)
         axes.set_yticks(range(len(names)), list(names.values()))
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel(
+        figure.supxlabel(
             "time over that of the fastest of the others, median and 95 % interval\n"
-            f"(below 1 is faster; the dashed line is at {LIMIT})"
+            f"(below 1 is faster; the dashed line is at {LIMIT})",
+            fontsize="medium",
         )
         axes.spines[["top", "right"]].set_visible(False)
         if labels:
