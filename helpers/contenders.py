@@ -99,19 +99,27 @@ def stock(
     num_heads: int = 0,
     hidden_size: int = 0,
     opt_level: int | None = None,
+    raw_mask: bool = False,
 ) -> Contender:
-    """What ONNX Runtime's own transformers optimizer makes of the graph at `path`."""
+    """What ONNX Runtime's own transformers optimizer makes of the graph at `path`.
+
+    With `raw_mask`, its Attention takes the mask as it is. BERT's becomes the number of keys of
+    each sample by default, which is wrong where padding is on the left.
+    """
 
     def make(target: Path) -> None:
         from onnxruntime.transformers import optimizer
 
+        options = optimizer.FusionOptions(model_type)
+        if raw_mask:
+            options.use_raw_attention_mask()
         made = optimizer.optimize_model(
-            str(path), model_type, num_heads, hidden_size, opt_level=opt_level
+            str(path), model_type, num_heads, hidden_size, options, opt_level
         )
         with files.writing(target) as draft:
             made.save_model_to_file(str(draft))
 
-    return _made(label, "stock", path, make)
+    return _made(label, "stock", path, make, "_raw" if raw_mask else "")
 
 
 def onnxscript(label: str, path: str | Path) -> Contender:
@@ -143,6 +151,19 @@ def transformers(label: str, path: str | Path) -> Contender:
     return _made(label, "transformers", path, make)
 
 
+def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
+    """What `helpers.fuse` makes of the graph at `path`, for ``"portable"`` or ``"cpu"``."""
+
+    def make(draft: Path) -> None:
+        from helpers import fuse
+
+        result = fuse.fuse(path, draft, target=target)
+        if not result.held:
+            raise ValueError(f"expected parity, found {result}")
+
+    return _made(label, "ours", path, make)
+
+
 def int8(label: str, path: str | Path) -> Contender:
     """The graph at `path` with its products by weights in 8 bits, on ONNX Runtime.
 
@@ -172,10 +193,12 @@ def int8(label: str, path: str | Path) -> Contender:
     return _made(label, "ours-int8", path, make)
 
 
-def _made(label: str, kind: str, source: str | Path, make: Callable[[Path], None]) -> Contender:
+def _made(
+    label: str, kind: str, source: str | Path, make: Callable[[Path], None], setting: str = ""
+) -> Contender:
     """The file that `make` writes, as a contender; or the reason why there is none."""
     source = Path(source).absolute()
-    target = source.with_stem(f"{source.stem}_{kind}")
+    target = source.with_stem(f"{source.stem}_{kind}{setting}")
     print(f"making {target.name} …", flush=True)
     try:
         with export.quiet():

@@ -1,7 +1,9 @@
 """PyTorch to ONNX, by route. A route names how a graph was made, which decides what fuses later."""
 
+import contextlib
+import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def _torchscript(
 ) -> None:
     with torch.no_grad():
         outputs = model(**inputs)
-    with files.writing(path) as draft:
+    with _taking(model, list(inputs)), files.writing(path) as draft:
         torch.onnx.export(
             model,
             (),
@@ -85,6 +87,28 @@ def _torchscript(
             output_names=[name for name, value in outputs.items() if torch.is_tensor(value)],
             dynamic_axes=dynamic_axes(inputs) if dynamic else None,
         )
+
+
+@contextlib.contextmanager
+def _taking(model: torch.nn.Module, names: list[str]) -> Iterator[None]:
+    """Have `model` take the inputs `names` alone, as TorchScript counts them.
+
+    The exporter fills in every other parameter of `forward` by its place, where models such as BERT
+    take theirs by name ("multiple values for argument 'use_cache'"). A module around the model
+    would do as well, but each node's name would begin with it.
+    """
+    forward = model.forward
+
+    def named(*tensors: torch.Tensor) -> object:
+        return forward(**dict(zip(names, tensors, strict=True)))
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _transformers(

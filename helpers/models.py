@@ -6,6 +6,7 @@ latency are those of the real model; what it predicts means nothing, and is neve
 
 import contextlib
 import functools
+import operator
 import urllib.request
 import wave
 from collections.abc import Callable, Mapping
@@ -122,17 +123,27 @@ def _from_hub(architecture: Architecture) -> Path | None:
 
 
 def _stand_in(architecture: Architecture, attn_implementation: str, layers: int | None) -> Study:
-    model_class = getattr(transformers, architecture.model)
-    config = model_class.config_class(**architecture.config)
-    if layers is not None:
-        config.num_hidden_layers = layers
-    config._attn_implementation = attn_implementation
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    model = stand_in(architecture.model, {**architecture.config, **changes}, attn_implementation)
+    source = f"a stand-in with the configuration of {architecture.repository} and seeded weights"
+    return Study(model, None, f"{source}, {model.config.num_hidden_layers} layers")
+
+
+def stand_in(
+    name: str, config: Mapping[str, Any], attn_implementation: str = "sdpa"
+) -> transformers.PreTrainedModel:
+    """A model of the class `name` of transformers with seeded weights, in evaluation mode.
+
+    `config` is where its configuration differs from the class's default.
+    """
+    model_class = operator.attrgetter(name)(transformers)  # some are in a module of their own
+    made = model_class.config_class(**config)
+    made._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = model_class(made).eval()
         randomise(model)
-    source = f"a stand-in with the configuration of {architecture.repository} and seeded weights"
-    return Study(model, None, f"{source}, {config.num_hidden_layers} layers")
+    return model
 
 
 def randomise(model: torch.nn.Module) -> None:

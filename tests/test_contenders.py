@@ -1,13 +1,15 @@
 """What is ready to take part in a benchmark: each runs, and gives what the graph before it gave."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from graphs import ATTENTION, write
 
-from helpers import benchmark, contenders, graph, models
+import helpers
+from helpers import benchmark, contenders, files, graph, models
 
 
 @pytest.fixture
@@ -83,6 +85,24 @@ def test_stock(exported):
     made = contenders.stock("stock", path, "bart", num_heads=4, hidden_size=32)
     assert made.kind == "stock"
     assert graph.counts(graph.load(made.path))["BiasGelu"] == 2
+
+
+def test_what_fuse_makes(exported, monkeypatch):
+    """A file where parity held, and else the reason; `helpers.fuse` has tests of its own."""
+    _, _, path = exported
+
+    def fuse(source, draft, *, target):
+        files.save(graph.load(source), draft)
+        return types.SimpleNamespace(held=target == "portable")
+
+    module = types.ModuleType("helpers.fuse")
+    module.fuse = fuse
+    monkeypatch.setitem(sys.modules, "helpers.fuse", module)
+    monkeypatch.setattr(helpers, "fuse", module, raising=False)
+    made = contenders.fused("ours", path, target="portable")
+    assert (made.kind, made.reason) == ("ours", "")
+    assert graph.counts(graph.load(made.path)) == graph.counts(graph.load(path))
+    assert contenders.fused("ours", path).reason.startswith("ValueError: expected parity")
 
 
 def test_what_cannot_be_made_is_a_reason(tmp_path):

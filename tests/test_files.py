@@ -24,6 +24,21 @@ def test_check_returns_an_absolute_path(tmp_path, monkeypatch):
     assert files.check("ein Modell 模型.onnx") == tmp_path / "ein Modell 模型.onnx"
 
 
+def test_an_operator_of_onnxruntimes_own_in_the_domain_of_onnx(tmp_path):
+    """onnx's checker does not know what ONNX Runtime's optimizer makes of T5, and it runs."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    own (float[2,4] x) => (float[2,4] y) { y = SimplifiedLayerNormalization <axis = -1> (x, w) }"""
+    path = tmp_path / "own.onnx"
+    for name in ("Simplified", "Other"):
+        model = onnx.parser.parse_model(text.replace("Simplified", name))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(4, np.float32), "w"))
+        path.write_bytes(model.SerializeToString())
+        if name == "Simplified":
+            assert files.check(path) == path
+    with pytest.raises(files.BadInput, match="OtherLayerNormalization"):
+        files.check(path)
+
+
 def test_what_is_written_replaces_what_was_there(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_text("old")
