@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import version_converter
 
 from helpers import feeds, files, graph, parity
-from helpers.fusions import attention, gelu, heads, masks, rotary
+from helpers.fusions import attention, gelu, heads, masks, residual, rotary
 from helpers.quiet import quiet
 
 OPSET = 23  # the first with Attention
@@ -192,6 +192,9 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
         passes.ShapeInferencePass()(model)
     heads.merge(model)
     yield "heads that are split in the operator"
+    if target == "cpu":
+        residual.keep_apart(model)
+        yield "residuals kept apart from normalisations"
 
 
 def convert(model: ir.Model) -> None:
