@@ -1,0 +1,408 @@
+"""`helpers.fuse`: every way of writing attention, on graphs small enough to read."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from graphs import write
+
+from helpers import feeds, files, fuse, graph, parity
+from helpers.__main__ import main
+from helpers.fusions import attention
+
+HEAD = """
+<ir_version: 8, opset_import: ["" : 17]>
+tiny (float[batch,length,8] given, int64[batch,length] attention_mask) => (float[batch,length,8] yMORE)
+<float two = {2.0}, float root = {0.7}, float none = {-inf}, float low = {-10000.0},
+ float lowest = {-3.4028234663852886e38}, float zero = {0.0}, float one = {1.0},
+ float cap = {3.0}, float[2,1,1] heat = {0.5, 1.5}, float[1,2,1,1] kept = {1.0, 0.5},
+ float[1,2,1,1] sink = {0.3, -0.2}, int64[1] at1 = {1}, int64[1] at3 = {3}, int64[1] end = {-1},
+ int64[1] start = {0}, int64[2] at12 = {1, 2}, int64 i1 = {1}, int64 first = {0},
+ int64[3] three = {-1, 6, 4}, int64[3] values = {-1, 6, 4}, float[1] tiny_ = {0.000001}>
+{
+  q0 = MatMul (given, wq)
+  q1 = Add (bq, q0)
+  q2 = Reshape (q1, heads)
+  q = Transpose <perm = [0, 2, 1, 3]> (q2)
+  k0 = MatMul (given, wk)
+  k2 = Reshape (k0, heads)
+  kt = Transpose <perm = [0, 2, 3, 1]> (k2)
+  v0 = MatMul (given, wv)
+  v2 = Reshape (v0, heads)
+  v = Transpose <perm = [0, 2, 1, 3]> (v2)
+  m1 = Unsqueeze (attention_mask, at12)
+  keys = Cast <to = 9> (m1)
+  pads = Not (keys)
+  kf = Cast <to = 1> (m1)
+  inverted = Sub (one, kf)
+  added = Mul (inverted, lowest)
+"""
+SCORES = "s0 = MatMul (q, kt)"
+SOFTMAX = "p = Softmax <axis = -1> (s)"
+CONTEXT = "c = MatMul (w, v)"
+TAIL = """
+  c1 = Transpose <perm = [0, 2, 1, 3]> (c)
+  c2 = Reshape (c1, flat)
+  y = MatMul (c2, wo)
+}
+"""
+
+
+def body(
+    before="s = Mul (s0, half)",
+    after="w = Identity (p)",
+    *,
+    scores=SCORES,
+    softmax=SOFTMAX,
+    context=CONTEXT,
+    more="",
+):
+    return "\n".join([HEAD, scores, before, softmax, after, context, TAIL]).replace("MORE", more)
+
+
+CAUSAL = """ones = ConstantOfShape <value = float[1] {1.0}> (square) lower = Trilu <upper = 0> (ones)
+ seen = Cast <to = 9> (lower)"""
+SQUARE = "n = Shape <start = 1> (attention_mask) square = Concat <axis = 0> (n, n) "
+SCALED = "sa = Mul (s0, half) "
+
+# What is between the products, in as many ways as exporters and authors have.
+WAYS = {
+    "a scale": {},
+    "a divisor": {"before": "s = Div (s0, two)"},
+    "no scale": {"before": "s = Identity (s0)"},
+    "a scale in front": {"before": "s = Mul (half, s0)"},
+    "a scale of the queries": {
+        "scores": "qs = Mul (q, half) s0 = MatMul (qs, kt)",
+        "before": "s = Identity (s0)",
+    },
+    "a scale on both sides": {
+        "scores": "qs = Mul (q, root) ks = Mul (root, kt) s0 = MatMul (qs, ks)",
+        "before": "s = Identity (s0)",
+    },
+    "a scale that is computed": {
+        "before": "d0 = Shape <start = 3> (q) d = Cast <to = 1> (d0) r = Sqrt (d) s = Div (s0, r)"
+    },
+    "a scale for each head": {"before": "s = Mul (s0, heat)"},
+    "an added mask": {"before": SCALED + "s = Add (sa, added)"},
+    "an added mask, before the scale": {"before": "sa = Add (added, s0) s = Mul (sa, half)"},
+    "a mask that is taken away": {
+        "before": SCALED + "big = Neg (lowest) ma = Mul (inverted, big) s = Sub (sa, ma)"
+    },
+    "a mask of -10000": {"before": SCALED + "ma = Mul (inverted, low) s = Add (sa, ma)"},
+    "a mask that chooses": {"before": SCALED + "s = Where (keys, sa, none)"},
+    "a mask that chooses, inverted": {"before": SCALED + "s = Where (pads, lowest, sa)"},
+    "a mask that chooses, before the scale": {
+        "before": "sa = Where (keys, s0, lowest) s = Mul (sa, half)"
+    },
+    "a causal mask from shapes": {
+        "before": SQUARE + CAUSAL + SCALED + "s = Where (seen, sa, none)"
+    },
+    "a causal mask and padding": {
+        "before": SQUARE
+        + CAUSAL
+        + "both = And (seen, keys)"
+        + SCALED
+        + "s = Where (both, sa, none)"
+    },
+    "two masks": {"before": SCALED + "sb = Add (sa, added) s = Where (keys, sb, lowest)"},
+    "positions and a mask": {
+        "before": "t0 = Transpose <perm = [0, 1, 3, 2]> (s0) bias = Mul (kf, two)"
+        + SCALED
+        + "sb = Add (bias, sa) s = Add (sb, added)"
+    },
+    "a bound below": {"before": SCALED + "sb = Add (sa, added) s = Max (sb, lowest)"},
+    "a maximum taken off": {
+        "before": SCALED
+        + "sb = Where (keys, sa, lowest) top = ReduceMax <axes = [-1], keepdims = 1> (sb)"
+        + " s = Sub (sb, top)"
+    },
+    "a soft cap": {
+        "before": SCALED + "sb = Div (sa, cap) t = Tanh (sb) sc = Mul (t, cap) s = Add (sc, added)"
+    },
+    "scores of a sink": {
+        "before": SCALED
+        + """sb = Add (sa, added) one_key = Slice (sb, start, at1, at3) nought = Mul (one_key, zero)
+        extra = Add (nought, sink) s = Concat <axis = -1> (sb, extra)""",
+        "after": "w = Slice (p, start, end, at3)",
+    },
+    "a guard against NaN": {
+        "before": SCALED + "s = Where (keys, sa, none)",
+        "after": "nan = IsNaN (p) w = Where (nan, zero, p)",
+    },
+    "a guard by the mask": {
+        "before": SCALED + "s = Where (pads, lowest, sa)",
+        "after": "w = Where (pads, zero, p)",
+    },
+    "a factor for each head, after": {"after": "w = Mul (p, kept)"},
+    "double precision": {
+        "before": SCALED + "sd = Cast <to = 11> (sa) ad = Cast <to = 11> (added) s = Add (sd, ad)",
+        "after": "w = Cast <to = 1> (p)",
+    },
+    "three axes": {
+        "scores": """qf = Reshape (q, three) k4 = Transpose <perm = [0, 1, 3, 2]> (kt)
+        kf3 = Reshape (k4, three) k3 = Transpose <perm = [0, 2, 1]> (kf3) s0 = MatMul (qf, k3)""",
+        "before": "s = Mul (s0, half)",
+        "context": """v3 = Reshape (v, three) c3 = MatMul (w, v3) qshape = Shape (q)
+        c = Reshape (c3, qshape)""",
+    },
+    "three axes, and a mask with four": {
+        "scores": """qf = Reshape (q, three) k4 = Transpose <perm = [0, 1, 3, 2]> (kt)
+        kf3 = Reshape (k4, three) k3 = Transpose <perm = [0, 2, 1]> (kf3) s0 = MatMul (qf, k3)""",
+        "before": """sa = Mul (s0, half) b0 = Shape <end = 2> (q) n = Shape <start = 1> (attention_mask)
+        four = Concat <axis = 0> (b0, n, n) sb = Reshape (sa, four) sm = Add (sb, added)
+        flat3 = Shape (sa) s = Reshape (sm, flat3)""",
+        "context": """v3 = Reshape (v, three) c3 = MatMul (w, v3) qshape = Shape (q)
+        c = Reshape (c3, qshape)""",
+    },
+    "keys before queries": {
+        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) qt = Transpose <perm = [0, 1, 3, 2]> (q)
+        st = MatMul (k4, qt) s0 = Transpose <perm = [0, 1, 3, 2]> (st)""",
+        "before": SCALED + "s = Add (sa, added)",
+    },
+    "a product over the first axis but one": {
+        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) qt = Transpose <perm = [0, 1, 3, 2]> (q)
+        s0 = MatMul (k4, qt)""",
+        "softmax": "p = Softmax <axis = -2> (s)",
+        "context": """vt = Transpose <perm = [0, 1, 3, 2]> (v) ct = MatMul (vt, w)
+        c = Transpose <perm = [0, 1, 3, 2]> (ct)""",
+    },
+    "Einsum": {
+        "scores": 's0 = Einsum <equation = "bind,bjnd->bnij"> (q2, k2)',
+        "context": 'cq = Einsum <equation = "bnij,bjnd->bind"> (w, v2) c = Transpose <perm = [0, 2, 1, 3]> (cq)',
+    },
+    "keys swapped with three axes": {
+        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) sizes = Shape (k4)
+        km = Reshape (k4, three) ks = Transpose <perm = [0, 2, 1]> (km) kb = Shape <end = 2> (k4)
+        kd = Shape <start = 3> (k4) kn = Shape <start = 2, end = 3> (k4)
+        back = Concat <axis = 0> (kb, kd, kn) kr = Reshape (ks, back) s0 = MatMul (q, kr)""",
+    },
+}
+# What may not be taken for attention as the operator computes it, and the word of the reason.
+NOT = {
+    "another function": ({"before": "s = Relu (s0)"}, "Relu"),
+    "a mask that leaves 0": ({"before": "s = Where (keys, s0, zero)"}, "very low"),
+    "factors that differ by key": ({"before": "s = Mul (s0, kf)"}, "key to key"),
+    "weights masked by something else": (
+        {
+            "before": "s = Identity (s0)",
+            "after": "odd = Cast <to = 9> (kf) not_odd = Not (odd) w = Where (not_odd, zero, p)",
+        },
+        "after the Softmax",
+    ),
+    "weights that are squared": ({"after": "w = Mul (p, p)"}, "twice"),
+    "weights changed": ({"after": "w = Sqrt (p)"}, "Sqrt"),
+    "a tanh alone": ({"before": "s = Tanh (s0)"}, "tanh"),
+    "a bound within the scores": ({"before": "s = Max (s0, zero)"}, "Max"),
+}
+
+
+def source(tmp_path, way=None, **arrays):
+    text = body(**(way or {}))
+    if "three" in (way or {}).get("scores", ""):  # a Reshape to three axes that has one size
+        text = text.replace("batch,length", "batch,6")
+    return write(tmp_path / "in.onnx", text, **arrays)
+
+
+@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_writing_it(tmp_path, way, target, capsys):
+    path = source(tmp_path, WAYS[way])
+    before = path.read_bytes()
+    done = fuse.fuse(path, tmp_path / "out.onnx", target=target)
+    assert (done.held, done.sites, done.fused, done.left) == (True, 1, 1, [])
+    made = graph.load(tmp_path / "out.onnx")
+    assert [site.fused for site in graph.sites(made)] == [True]
+    assert "Softmax" not in graph.counts(made)
+    assert path.read_bytes() == before
+    assert set(made.opset_imports) <= ({""} if target == "portable" else {"", "com.microsoft"})
+
+
+@pytest.mark.parametrize("way", NOT)
+def test_what_is_something_else_is_left(tmp_path, way):
+    """It is named with its reason, and written all the same: nothing there was changed."""
+    changed, word = NOT[way]
+    done = fuse.fuse(source(tmp_path, changed), tmp_path / "out.onnx")
+    assert (done.held, done.sites, done.fused) == (True, 1, 0)
+    assert word in done.left[0]
+    assert [site.fused for site in graph.sites(graph.load(tmp_path / "out.onnx"))] == [False]
+
+
+def test_what_the_operator_gets(tmp_path):
+    fuse.fuse(source(tmp_path, WAYS["an added mask"]), tmp_path / "out.onnx")
+    [node] = [
+        node for node in graph.load(tmp_path / "out.onnx").graph if node.op_type == "Attention"
+    ]
+    assert node.attributes.get_float("scale") == 0.5
+    assert node.attributes.get_int("q_num_heads") == node.attributes.get_int("kv_num_heads") == 2
+    assert [value.name for value in node.inputs[:3]] == ["q1", "k0", "v0"]
+
+
+def test_weights_that_are_read_elsewhere(tmp_path):
+    """They are the operator's fourth output; the Softmax is gone all the same."""
+    way = {"after": "w = Identity (p) seen_ = ReduceMean <axes = [1], keepdims = 0> (p)"}
+    path = source(tmp_path, way | {"more": ", float[batch,length,length] seen_"})
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 1)
+    assert "Softmax" not in graph.counts(graph.load(tmp_path / "out.onnx"))
+
+
+def test_keys_that_are_shared(tmp_path):
+    """One head of keys and values for all queries stays one."""
+    way = {
+        "scores": """kh = MatMul (given, narrow) k1 = Unsqueeze (kh, at1)
+        k1t = Transpose <perm = [0, 1, 3, 2]> (k1) s0 = MatMul (q, k1t)""",
+        "context": "vh = MatMul (given, narrow) v1 = Unsqueeze (vh, at1) c = MatMul (w, v1)",
+    }
+    narrow = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
+    text = body(**way)
+    done = fuse.fuse(write(tmp_path / "in.onnx", text, narrow=narrow), tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 1)
+
+
+def test_a_learned_query(tmp_path):
+    way = {"scores": "s0 = MatMul (asked, kt)"}
+    asked = np.random.default_rng(1).normal(size=(1, 2, 3, 4)).astype(np.float32)
+    text = body(**way).replace("float[batch,length,8] y", "float[batch,3,8] y")
+    done = fuse.fuse(write(tmp_path / "in.onnx", text, asked=asked), tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 1)
+
+
+def test_a_site_in_a_branch(tmp_path):
+    inner = """
+    c = If (yes) <
+      then_branch = then () => (float[batch,2,length,4] c_then) {
+        s0 = MatMul (q, kt) s = Mul (s0, half) p = Softmax <axis = -1> (s) c_then = MatMul (p, v)
+      },
+      else_branch = otherwise () => (float[batch,2,length,4] c_else) { c_else = Identity (q) }
+    >"""
+    some = "total = ReduceSum <keepdims = 0> (attention_mask) yes = Greater (total, first)"
+    text = (HEAD + some + inner + TAIL).replace("MORE", "")
+    done = fuse.fuse(write(tmp_path / "in.onnx", text), tmp_path / "out.onnx")
+    assert (done.held, done.sites, done.fused) == (True, 1, 1)
+
+
+def test_the_site_at_fault_is_named_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    """A lifting that is wrong at the second of three sites: found by bisection."""
+    text = body().split("y = MatMul")[0] + "x1 = MatMul (c2, wo)"
+    for i in (1, 2):
+        text += LAYER.replace("@", str(i)).replace("GIVEN", f"x{i}").replace("NEXT", str(i + 1))
+    path = write(tmp_path / "in.onnx", text.replace("x3 = MatMul", "y = MatMul") + "}")
+    right = attention.fuse
+
+    def wrong(model, site):
+        node = right(model, site)
+        if site.name.endswith("p1"):
+            node.attributes.add(fuse.ir.AttrFloat32("scale", 3.0))
+        return node
+
+    monkeypatch.setattr(attention, "fuse", wrong)
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert (done.held, done.at_fault) == (False, "site p1")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["in.onnx"]
+    assert main(["fuse", str(path), str(tmp_path / "out.onnx"), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["at_fault"] == "site p1"
+    assert not answer["parity"]["held"]
+
+
+LAYER = """
+  q0@ = MatMul (GIVEN, wq) q2@ = Reshape (q0@, heads) q@ = Transpose <perm = [0, 2, 1, 3]> (q2@)
+  k0@ = MatMul (GIVEN, wk) k2@ = Reshape (k0@, heads) kt@ = Transpose <perm = [0, 2, 3, 1]> (k2@)
+  s@ = MatMul (q@, kt@) p@ = Softmax <axis = -1> (s@) c@ = MatMul (p@, q@)
+  c1@ = Transpose <perm = [0, 2, 1, 3]> (c@) c2@ = Reshape (c1@, flat) xNEXT = MatMul (c2@, wo)
+"""
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
+def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, interrupt):
+    path = source(tmp_path)
+
+    def stop(*_):
+        raise interrupt
+
+    monkeypatch.setattr(parity, "compare", stop)
+    with pytest.raises(interrupt):
+        fuse.fuse(path, tmp_path / "out.onnx")
+    assert [one.name for one in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_a_model_that_is_fused_stays_so(tmp_path):
+    first, second = tmp_path / "out.onnx", tmp_path / "again.onnx"
+    fuse.fuse(source(tmp_path), first)
+    done = fuse.fuse(first, second)
+    assert (done.held, done.sites, done.fused, done.operators) == (True, 1, 1, {"Attention": 1})
+
+
+def test_a_model_without_a_site(tmp_path):
+    text = body(softmax="p = Sigmoid (s)")
+    done = fuse.fuse(write(tmp_path / "in.onnx", text), tmp_path / "out.onnx")
+    assert (done.held, done.sites, done.fused) == (True, 0, 0)
+
+
+def test_weights_beside_the_model(tmp_path, monkeypatch):
+    """Above the size of one file, they are in a second."""
+    monkeypatch.setattr(files, "ONE_FILE", 100)
+    done = fuse.fuse(source(tmp_path), tmp_path / "out.onnx")
+    assert done.held
+    assert len([*tmp_path.glob("out.onnx.*.data")]) == 1
+
+
+def test_the_command(tmp_path, capsys):
+    path, out = source(tmp_path, WAYS["an added mask"]), tmp_path / "out.onnx"
+    assert main(["fuse", str(path), str(out), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["sites"] == answer["fused"] == answer["operators"]["Attention"] == 1
+    assert answer["left"] == answer["repaired"] == []
+    assert answer["parity"]["max_abs_diff"] <= answer["parity"]["tolerance"] == 1e-4
+    assert answer["parity"]["inputs"].startswith("inferred: ")
+    assert main(["fuse", str(path), str(path)]) == 2
+    assert "expected another file than the input" in capsys.readouterr().err
+    cases, _ = feeds.infer(path)
+    np.savez(tmp_path / "feeds.npz", **cases[0].arrays)
+    assert main(["fuse", str(path), str(out), "--inputs", str(tmp_path / "feeds.npz")]) == 0
+    assert "inputs from feeds.npz" in capsys.readouterr().out
+
+
+ROTARY = """
+<ir_version: 10, opset_import: ["" : 23]>
+rotary (float[batch,2,length,4] q, float[1,length,2] c, float[1,length,2] s) => (float[batch,2,length,4] y)
+{
+  r = RotaryEmbedding (q, c, s)
+  t = RotaryEmbedding (q, c, s)
+  y = Attention (r, t, q)
+}
+"""
+MASKED = """
+<ir_version: 10, opset_import: ["" : 23]>
+masked (float[batch,2,length,4] q, bool[batch,1,1,length] attention_mask) => (float[batch,2,length,4] y)
+{ y = Attention (q, q, q, attention_mask) }
+"""
+
+
+def test_rotary_caches_of_one_row_are_repaired(tmp_path):
+    """ONNX Runtime refuses them for a batch above 1; compared row by row."""
+    path = tmp_path / "in.onnx"
+    onnx.save(onnx.parser.parse_model(ROTARY), path)
+    random = np.random.default_rng(0)
+    arrays = {
+        "q": random.normal(size=(3, 2, 5, 4)).astype(np.float32),
+        "c": random.normal(size=(1, 5, 2)).astype(np.float32),
+        "s": random.normal(size=(1, 5, 2)).astype(np.float32),
+    }
+    with pytest.raises(Exception, match="cos_cache"):
+        files.session(path).run(None, arrays)
+    np.savez(tmp_path / "feeds.npz", **arrays)
+    done = fuse.fuse(path, tmp_path / "out.onnx", inputs=tmp_path / "feeds.npz")
+    assert done.held
+    assert len(done.repaired) == 2
+    assert files.session(tmp_path / "out.onnx").run(None, arrays)[0].shape == (3, 2, 5, 4)
+
+
+def test_masks_of_one_row_are_repaired(tmp_path):
+    """ONNX Runtime refuses them; compared with the operators' definitions."""
+    path = tmp_path / "in.onnx"
+    onnx.save(onnx.parser.parse_model(MASKED), path)
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert done.held
+    assert len(done.repaired) == 1
