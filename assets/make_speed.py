@@ -171,7 +171,7 @@ def prepare(
     exported = [path for path in paths.values() if path not in failed]
     if not exported:
         raise RuntimeError(f"{model.repository}: no export: {failed}")
-    inferred, description = feeds.infer(exported[-1])
+    inferred, description = feeds.infer(exported[0])
     longest = model.inputs(2, max(lengths))
     masks = {name: array != 0 for name, array in longest.items() if name == "attention_mask"}
     judge = Judge(module, [*inferred, feeds.Feed("longest", longest, masks)], description, exported)
@@ -254,6 +254,8 @@ def best_stock(
     for attention, raw in (("eager", False), ("eager", True), ("sdpa", False)):
         setting = f"{model.model_type}{', raw mask' if raw else ''} (torchscript, {attention})"
         source = paths["torchscript", attention]
+        if raw and tried:  # what it makes by itself of the mask is right
+            continue
         if source in failed:
             reasons.append(failed[source])
             continue
