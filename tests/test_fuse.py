@@ -13,7 +13,8 @@ from helpers.fusions import attention
 
 HEAD = """
 <ir_version: 8, opset_import: ["" : 17]>
-tiny (float[batch,length,8] given, int64[batch,length] attention_mask) => (float[batch,length,8] yMORE)
+tiny (float[batch,length,8] given, int64[batch,length] attention_mask)
+=> (float[batch,length,8] yMORE)
 <float two = {2.0}, float root = {0.7}, float none = {-inf}, float low = {-10000.0},
  float lowest = {-3.4028234663852886e38}, float zero = {0.0}, float one = {1.0},
  float cap = {3.0}, float[2,1,1] heat = {0.5, 1.5}, float[1,2,1,1] kept = {1.0, 0.5},
@@ -61,7 +62,8 @@ def body(
     return "\n".join([HEAD, scores, before, softmax, after, context, TAIL]).replace("MORE", more)
 
 
-CAUSAL = """ones = ConstantOfShape <value = float[1] {1.0}> (square) lower = Trilu <upper = 0> (ones)
+CAUSAL = """ones = ConstantOfShape <value = float[1] {1.0}> (square)
+ lower = Trilu <upper = 0> (ones)
  seen = Cast <to = 9> (lower)"""
 SQUARE = "n = Shape <start = 1> (attention_mask) square = Concat <axis = 0> (n, n) "
 SCALED = "sa = Mul (s0, half) "
@@ -122,8 +124,9 @@ WAYS = {
     },
     "scores of a sink": {
         "before": SCALED
-        + """sb = Add (sa, added) one_key = Slice (sb, start, at1, at3) nought = Mul (one_key, zero)
-        extra = Add (nought, sink) s = Concat <axis = -1> (sb, extra)""",
+        + """sb = Add (sa, added) qs = Shape <end = 3> (q)
+        shape = Concat <axis = 0> (qs, at1) extra = Expand (sink, shape)
+        s = Concat <axis = -1> (sb, extra)""",
         "after": "w = Slice (p, start, end, at3)",
     },
     "a guard against NaN": {
@@ -149,19 +152,22 @@ WAYS = {
     "three axes, and a mask with four": {
         "scores": """qf = Reshape (q, three) k4 = Transpose <perm = [0, 1, 3, 2]> (kt)
         kf3 = Reshape (k4, three) k3 = Transpose <perm = [0, 2, 1]> (kf3) s0 = MatMul (qf, k3)""",
-        "before": """sa = Mul (s0, half) b0 = Shape <end = 2> (q) n = Shape <start = 1> (attention_mask)
+        "before": """sa = Mul (s0, half) b0 = Shape <end = 2> (q)
+        n = Shape <start = 1> (attention_mask)
         four = Concat <axis = 0> (b0, n, n) sb = Reshape (sa, four) sm = Add (sb, added)
         flat3 = Shape (sa) s = Reshape (sm, flat3)""",
         "context": """v3 = Reshape (v, three) c3 = MatMul (w, v3) qshape = Shape (q)
         c = Reshape (c3, qshape)""",
     },
     "keys before queries": {
-        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) qt = Transpose <perm = [0, 1, 3, 2]> (q)
+        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2)
+        qt = Transpose <perm = [0, 1, 3, 2]> (q)
         st = MatMul (k4, qt) s0 = Transpose <perm = [0, 1, 3, 2]> (st)""",
         "before": SCALED + "s = Add (sa, added)",
     },
     "a product over the first axis but one": {
-        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) qt = Transpose <perm = [0, 1, 3, 2]> (q)
+        "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2)
+        qt = Transpose <perm = [0, 1, 3, 2]> (q)
         s0 = MatMul (k4, qt)""",
         "softmax": "p = Softmax <axis = -2> (s)",
         "context": """vt = Transpose <perm = [0, 1, 3, 2]> (v) ct = MatMul (vt, w)
@@ -169,7 +175,8 @@ WAYS = {
     },
     "Einsum": {
         "scores": 's0 = Einsum <equation = "bind,bjnd->bnij"> (q2, k2)',
-        "context": 'cq = Einsum <equation = "bnij,bjnd->bind"> (w, v2) c = Transpose <perm = [0, 2, 1, 3]> (cq)',
+        "context": """cq = Einsum <equation = "bnij,bjnd->bind"> (w, v2)
+        c = Transpose <perm = [0, 2, 1, 3]> (cq)""",
     },
     "keys swapped with three axes": {
         "scores": """k4 = Transpose <perm = [0, 2, 1, 3]> (k2) sizes = Shape (k4)
@@ -272,7 +279,7 @@ def test_a_site_in_a_branch(tmp_path):
     inner = """
     c = If (yes) <
       then_branch = then () => (float[batch,2,length,4] c_then) {
-        s0 = MatMul (q, kt) s = Mul (s0, half) p = Softmax <axis = -1> (s) c_then = MatMul (p, v)
+        s0 = MatMul (q, kt) s = Mul (s0, root) p = Softmax <axis = -1> (s) c_then = MatMul (p, v)
       },
       else_branch = otherwise () => (float[batch,2,length,4] c_else) { c_else = Identity (q) }
     >"""
@@ -292,25 +299,26 @@ def test_the_site_at_fault_is_named_and_nothing_is_written(tmp_path, monkeypatch
 
     def wrong(model, site):
         node = right(model, site)
-        if site.name.endswith("p1"):
+        if site.name.endswith("l1p"):
             node.attributes.add(fuse.ir.AttrFloat32("scale", 3.0))
         return node
 
     monkeypatch.setattr(attention, "fuse", wrong)
     done = fuse.fuse(path, tmp_path / "out.onnx")
-    assert (done.held, done.at_fault) == (False, "site p1")
+    assert (done.held, done.at_fault) == (False, "site l1p")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["in.onnx"]
     assert main(["fuse", str(path), str(tmp_path / "out.onnx"), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert answer["at_fault"] == "site p1"
+    assert answer["at_fault"] == "site l1p"
     assert not answer["parity"]["held"]
 
 
 LAYER = """
-  q0@ = MatMul (GIVEN, wq) q2@ = Reshape (q0@, heads) q@ = Transpose <perm = [0, 2, 1, 3]> (q2@)
-  k0@ = MatMul (GIVEN, wk) k2@ = Reshape (k0@, heads) kt@ = Transpose <perm = [0, 2, 3, 1]> (k2@)
-  s@ = MatMul (q@, kt@) p@ = Softmax <axis = -1> (s@) c@ = MatMul (p@, q@)
-  c1@ = Transpose <perm = [0, 2, 1, 3]> (c@) c2@ = Reshape (c1@, flat) xNEXT = MatMul (c2@, wo)
+  l@q0 = MatMul (GIVEN, wq) l@q2 = Reshape (l@q0, heads)
+  l@q = Transpose <perm = [0, 2, 1, 3]> (l@q2) l@kt = Transpose <perm = [0, 2, 3, 1]> (l@q2)
+  l@s = MatMul (l@q, l@kt) l@p = Softmax <axis = -1> (l@s) l@c = MatMul (l@p, l@q)
+  l@c1 = Transpose <perm = [0, 2, 1, 3]> (l@c) l@c2 = Reshape (l@c1, flat)
+  xNEXT = MatMul (l@c2, wo)
 """
 
 
@@ -343,7 +351,9 @@ def test_a_model_without_a_site(tmp_path):
 def test_weights_beside_the_model(tmp_path, monkeypatch):
     """Above the size of one file, they are in a second."""
     monkeypatch.setattr(files, "ONE_FILE", 100)
-    done = fuse.fuse(source(tmp_path), tmp_path / "out.onnx")
+    wide = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
+    text = body().replace("[batch,length,8] y", "[batch,length,16] y")
+    done = fuse.fuse(write(tmp_path / "in.onnx", text, wo=wide), tmp_path / "out.onnx")
     assert done.held
     assert len([*tmp_path.glob("out.onnx.*.data")]) == 1
 
@@ -366,7 +376,8 @@ def test_the_command(tmp_path, capsys):
 
 ROTARY = """
 <ir_version: 10, opset_import: ["" : 23]>
-rotary (float[batch,2,length,4] q, float[1,length,2] c, float[1,length,2] s) => (float[batch,2,length,4] y)
+rotary (float[batch,2,length,4] q, float[1,length,2] c, float[1,length,2] s)
+=> (float[batch,2,length,4] y)
 {
   r = RotaryEmbedding (q, c, s)
   t = RotaryEmbedding (q, c, s)
@@ -375,7 +386,8 @@ rotary (float[batch,2,length,4] q, float[1,length,2] c, float[1,length,2] s) => 
 """
 MASKED = """
 <ir_version: 10, opset_import: ["" : 23]>
-masked (float[batch,2,length,4] q, bool[batch,1,1,length] attention_mask) => (float[batch,2,length,4] y)
+masked (float[batch,2,length,4] q, bool[batch,1,1,length] attention_mask)
+=> (float[batch,2,length,4] y)
 { y = Attention (q, q, q, attention_mask) }
 """
 

@@ -125,7 +125,7 @@ class _Lift:
                 onward = onward[1:]  # a condition on the scores themselves
             elif node.op_type in ("Reshape", "Expand", "Slice") or _off_the_top(node):
                 onward = onward[:1]  # a shape computed from the scores' own; their maximum
-            if len(set(onward)) != 1:
+            if len(set(onward)) != 1 or (len(onward) > 1 and node.op_type != "Where"):
                 raise Left(f"{node.op_type} {graph.name(node)} takes the scores twice")
             last = onward[0]
             where = [i for i, value in enumerate(node.inputs) if value is last]
