@@ -16,10 +16,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
-from onnxscript import version_converter
+from onnxscript import optimizer, version_converter
 
 from helpers import feeds, files, graph, parity
-from helpers.fusions import attention, gelu, heads, masks, residual, rotary
+from helpers.fusions import attention, gelu, guards, heads, masks, normalization, residual, rotary
 from helpers.quiet import quiet
 
 OPSET = 23  # the first with Attention
@@ -175,8 +175,13 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     report.by_rows += rotary.repair(model)
     report.by_definition += masks.repair(model)
     yield "the repair of what ONNX Runtime refuses"
+    optimizer.fold_constants(model)
+    passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    yield "constants"
+    normalization.fuse(model)
     gelu.fuse(model)
-    yield "Gelu"
+    yield "normalisations and Gelu"
     sites = graph.sites(model)
     report.sites = len(sites)
     for site in sites:
@@ -190,8 +195,9 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     clean(model)
     with quiet():
         passes.ShapeInferencePass()(model)
+    guards.drop(model)
     heads.merge(model)
-    yield "heads that are split in the operator"
+    yield "guards that are left out, heads that are split in the operator"
     if target == "cpu":
         residual.keep_apart(model)
         yield "residuals kept apart from normalisations"

@@ -27,9 +27,8 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.fusions import masks, products
-from helpers.fusions.values import constant, dim, number, rank, sized_by, tail
+from helpers.fusions.values import NOTHING, constant, dim, number, rank, sized_by, tail
 
-NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
 _SAME = {"Cast", "CastLike", "Dropout", "Identity"}
 _RESHAPES = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
@@ -261,6 +260,8 @@ class _Lift:
         )
 
     def _add(self, kind: str, value: ir.Value) -> None:
+        if number(value) == 0.0:  # as where nothing is ever masked
+            return
         value = self._upright(value)
         self._lay_out()
         if self.bias is not None:
@@ -275,6 +276,8 @@ class _Lift:
         lowest = number(other)
         if lowest is None or lowest > NOTHING or self.softcap == 0.0:
             raise Left(f"{other.name}, in place of masked scores, is not known to be very low")
+        if number(condition) == float(keeps):
+            return
         self.conditions.append(_root(condition, keeps))
         self._lay_out()
         tensor = ir.convenience.get_const_tensor(other)
@@ -369,28 +372,17 @@ class _Lift:
         elif not self._without_keys(inputs[0], at == 1):
             raise Left(f"{kind} {graph.name(node)} masks the weights after the Softmax")
 
-    def _guarded(self, context: ir.Node) -> ir.Node:
-        """The last node that stands for the site: a guard behind the product, or the product.
+    def _last(self, context: ir.Node) -> ir.Node:
+        """The last node that stands for the site: the product, or a Reshape that changes nothing.
 
-        transformers' exporter writes where(no key, 0, result), from a sum over the mask; the
-        TorchScript exporter a Reshape to the shape that the result has.
+        The TorchScript exporter writes one to the shape that the result has.
         """
         users = [user for user in context.outputs[0].consumers() if user.op_type != "Shape"]
-        node = users[0] if len(users) == 1 and not context.outputs[0].is_graph_output() else None
-        if node is None or self.flip or self.reshapes or self.rank != 4:
+        plain = self.rank == 4 and not self.flip and not self.reshapes
+        if not plain or len(users) != 1 or context.outputs[0].is_graph_output():
             return context
-        if node.op_type == "Reshape" and self._keeps_shape(node):
-            return node
-        if node.op_type != "Where" or len(users) < len(context.outputs[0].consumers()):
-            return context
-        if node.inputs[2] is not context.outputs[0] or number(node.inputs[1]) != 0.0:
-            return context
-        test = node.inputs[0].producer()
-        counted = test.inputs[0].producer() if test is not None and test.op_type == "Less" else None
-        if counted is None or counted.op_type != "ReduceSum" or number(test.inputs[1]) != 1.0:
-            return context
-        masks_ = {root for root, _ in self.conditions} | _masks(self.bias)
-        return node if _root(counted.inputs[0], True)[0] in masks_ else context
+        node = users[0]
+        return node if node.op_type == "Reshape" and self._keeps_shape(node) else context
 
     def _keeps_shape(self, node: ir.Node) -> bool:
         """Whether the Reshape `node` of the result gives it the sizes that it has."""
@@ -466,7 +458,7 @@ class _Lift:
             result = self.tape.op(kind, [result, by])
         if self.flip:
             result = self._swap_new(result)
-        last = self._guarded(context)
+        last = self._last(context)
         old, new = [last.outputs[0]], [result]
         if elsewhere:
             # Reshaped, since ONNX Runtime infers another shape for this output than it has.
@@ -570,22 +562,6 @@ class _Lift:
     def _number(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         array = np.array(value, dtype.numpy())
         return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
-
-
-def _masks(bias: ir.Value | None) -> set[ir.Value]:
-    """The conditions that a bias is made of by constants alone."""
-    found, queue = set(), [bias]
-    while queue:
-        value = queue.pop()
-        node = value.producer() if value is not None else None
-        if node is None:
-            continue
-        if node.op_type in ("Add", "CastLike", "Mul", "Sub", *_CONDITIONS):
-            queue += node.inputs
-        if node.op_type == "Where":
-            queue.append(node.inputs[0])
-        found.add(value)
-    return found
 
 
 def _keeps_scores(node: ir.Node, at: int) -> bool:

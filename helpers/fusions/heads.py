@@ -30,7 +30,11 @@ def merge(model: ir.Model) -> int:
 
 def _merge(node: ir.Node) -> bool:
     flat = [_unsplit(value) for value in node.inputs[:3]]
-    if None in flat or any(value is not None for value in node.inputs[4:]):
+    if (
+        node.outputs[0].is_graph_output()
+        or None in flat
+        or any(value is not None for value in node.inputs[4:])
+    ):
         return False
     heads, shared = (_heads(value) for value in node.inputs[:2])
     for i, value in enumerate(flat):
@@ -47,7 +51,7 @@ def _merge(node: ir.Node) -> bool:
     if result.shape is not None:
         split.shape = ir.Shape([result.shape[i] for i in SPLIT])
     again = None
-    if len(merged) < len(users) or result.is_graph_output():
+    if len(merged) < len(users):
         again = tape.op("Transpose", [split], {"perm": SPLIT})
         again.shape, again.type = result.shape, result.type
         for user in users:

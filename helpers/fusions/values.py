@@ -5,7 +5,10 @@ import onnx_ir as ir
 
 from helpers import graph
 
-SMALL = 64  # elements of a constant that may be a shape; a number repeated may have more
+_FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+SMALL = 64  # elements of a constant that may be a shape
+LARGE = 2**20  # elements of one that may be a number, repeated
+NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -15,18 +18,30 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number that a constant is filled with, whatever its shape; None where it is none."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "ConstantOfShape":
-            filled = node.attributes.get_tensor("value", None)
-            return 0.0 if filled is None else float(filled.numpy().flat[0])
-        if node.op_type not in ("Cast", "CastLike", "Expand", "Identity", "Reshape", "Unsqueeze"):
-            break
-        value = node.inputs[0]
-    array = constant(value)
-    if array is None or not array.size or (array != array.flat[0]).any():
+    """The number that `value` is filled with, whatever its shape; None where that is not known."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "ConstantOfShape":
+        filled = node.attributes.get_tensor("value", None)
+        return 0.0 if filled is None else float(filled.numpy().flat[0])
+    if node is not None and node.op_type in _FILLED:
+        return number(node.inputs[0])
+    if node is not None and node.op_type in ("Mul", "Not"):
+        factors = [number(one) for one in node.inputs]
+        if None in factors:
+            return None
+        return factors[0] * factors[1] if node.op_type == "Mul" else float(not factors[0])
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or not 0 < tensor.size <= LARGE:
         return None
-    return float(array.flat[0])
+    array = tensor.numpy()
+    return float(array.flat[0]) if (array == array.flat[0]).all() else None
+
+
+def root(value: ir.Value) -> ir.Value:
+    """What `value` was before casts and shapes."""
+    while (node := value.producer()) is not None and node.op_type in _FILLED:
+        value = node.inputs[0]
+    return value
 
 
 def rank(value: ir.Value | None) -> int | None:
