@@ -6,7 +6,6 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import importlib.metadata
@@ -259,7 +258,8 @@ def run(
     groups = [first + some for some in _batched(rest, at_once - len(first))] or [first]
     measured: dict[str, dict[str, Measured]] = {case: {} for case in cases}
     failed: dict[str, dict[str, str]] = {case: dict(reasons) for case in cases}
-    _give_back()
+    gc.collect()
+    files.give_back()
     for number, group in enumerate(groups):
         if progress:
             print(f"group {number + 1} of {len(groups)}: {len(group)} contenders", flush=True)
@@ -297,13 +297,6 @@ def run(
 
 def _batched(contenders: list[Contender], size: int) -> list[list[Contender]]:
     return [contenders[start : start + size] for start in range(0, len(contenders), size)]
-
-
-def _give_back() -> None:
-    """Give the memory that this process has freed back to the system, where the C library can."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _timed(

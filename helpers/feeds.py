@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import files
+from helpers import files, graph
 from helpers.sizes import BATCH, At, Input, Sizes, size
 
 _PASSING = {  # what leaves ids as they are
@@ -49,9 +49,8 @@ class Feed:
 
 
 def _inputs(path: Path) -> list[Input]:
-    graph = ir.load(path).graph
     found = []
-    for value in graph.inputs:
+    for value in graph.load(path, weights=False).graph.inputs:
         if value.is_initializer():
             continue
         if value.dtype is None or value.shape is None:

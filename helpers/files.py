@@ -4,6 +4,7 @@ Nothing else catches every bad file (an empty file passes ``onnx.load``, truncat
 passes ``onnx.checker``), so `check` asks each in turn and ends with the runtime itself.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -23,6 +24,7 @@ import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
+LARGE = 2**16  # bytes of a weight that is written by itself
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
 # ONNX Runtime's own operator in ONNX's domain, which its optimizer and onnxscript write (T5).
 OWN = "No Op registered for SimplifiedLayerNormalization "
@@ -69,6 +71,12 @@ def session(
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+def give_back() -> None:
+    """Give the memory that this process has freed back to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -78,14 +86,16 @@ def check(path: str | Path) -> Path:
     model = _parsed(path)
     _check_external(path, model)
     try:
+        ir.from_proto(model)
+        del model  # the checker and the session read the file again
+        give_back()
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
             if OWN not in str(error):
                 raise
-        ir.from_proto(model)
-        del model  # the session reads the file again
         session(path, optimise=False)
+        give_back()
     except Exception as error:  # each library raises its own types; all mean that the file is bad
         raise refused(path, error) from None
     return path
@@ -322,8 +332,9 @@ def scratch(parent: Path) -> Iterator[Path]:
 def write(model: ir.Model, path: Path) -> None:
     """Write `model` to `path`: one file, or above 1.5 GB with its weights in a file beside it.
 
-    ``onnx_ir.save`` is used since ``onnx.save`` looks for an old data file in the working directory
-    and appends to it.
+    ``onnx_ir.save`` is used for the latter since ``onnx.save`` looks for an old data file in the
+    working directory and appends to it. Into one file weights are written one at a time: any
+    library would hold all of them three times.
     """
     weights = sum(
         value.const_value.nbytes
@@ -331,7 +342,59 @@ def write(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    ir.save(model, path, external_data="weights.data" if weights > ONE_FILE else None)
+    if weights > ONE_FILE:
+        ir.save(model, path, external_data="weights.data")
+    else:
+        _write_one(model, path)
+
+
+def _write_one(model: ir.Model, path: Path) -> None:
+    """As protobuf serialises a ModelProto, with the graph's large initializers at its end."""
+    initializers = model.graph.initializers
+    large = [
+        value
+        for value in initializers.values()
+        if value.const_value is not None
+        and value.const_value.nbytes > LARGE
+        and value.dtype != ir.DataType.STRING
+    ]
+    for value in large:
+        del initializers[value.name]
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        for value in large:
+            initializers.add(value)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = []
+    for value in large:
+        tensor = value.const_value
+        dims, kind = tensor.shape.numpy(), tensor.dtype
+        head = onnx.TensorProto(name=value.name, dims=dims, data_type=kind).SerializeToString()
+        head += _key(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+        heads.append(
+            _key(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + tensor.nbytes) + head
+        )
+    size = sum(
+        len(head) + value.const_value.nbytes for head, value in zip(heads, large, strict=True)
+    )
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.write(_key(onnx.ModelProto.GRAPH_FIELD_NUMBER, len(graph) + size))
+        file.write(graph)
+        for head, value in zip(heads, large, strict=True):
+            file.write(head)
+            file.write(value.const_value.tobytes())
+
+
+def _key(field: int, length: int) -> bytes:
+    """What comes before a field of bytes, or a message, in protobuf: its number and its length."""
+    found = bytearray([field << 3 | 2])
+    while length > 127:
+        found.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*found, length])
 
 
 def save(model: ir.Model, path: str | Path) -> Path:

@@ -109,6 +109,7 @@ def fuse(
         with files.writing(out) as draft:
             files.write(model, draft)
             del model, sites
+            files.give_back()
             print("comparing …", flush=True)
             cases, description = feeds.read(inputs, draft if report.repaired else path)
             reference = _reference(path, report)
@@ -168,15 +169,17 @@ def clean(model: ir.Model) -> None:
 
 def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     """Change `model`, step by step, and say which was done."""
+    names = {site.node.outputs[0].name: (site.name, site.layer) for site in graph.sites(model)}
     with quiet():
-        convert(model)
+        convert(model)  # which names nodes that have no name
     yield f"the conversion to opset {OPSET}"
     passes.ShapeInferencePass()(model)
     report.by_rows += rotary.repair(model)
     report.by_definition += masks.repair(model)
     yield "the repair of what ONNX Runtime refuses"
     optimizer.fold_constants(model)
-    passes.IdentityEliminationPass()(model)
+    if len([*model.graphs()]) == 1:  # in a branch, what it gives may be an Identity
+        passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     yield "constants"
     normalization.fuse(model)
@@ -187,11 +190,12 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     for site in sites:
         if site.fused:
             continue
+        name, layer = names.get(site.node.outputs[0].name, (site.name, site.layer))
         try:
             attention.fuse(model, site)
         except attention.Left as why:
-            report.left.append(f"{site.name}: {why}")
-        yield f"site {site.name} ({site.layer})" if site.layer else f"site {site.name}"
+            report.left.append(f"{name}: {why}")
+        yield f"site {name} ({layer})" if layer else f"site {name}"
     clean(model)
     with quiet():
         passes.ShapeInferencePass()(model)

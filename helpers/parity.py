@@ -123,6 +123,11 @@ class _Runner:
             self.outputs = [value.name for value in self.session.get_outputs()]
             self.inputs = {value.name: value.type for value in self.session.get_inputs()}
 
+    def close(self) -> None:
+        """Give back the memory of a session that is not needed again."""
+        self.session = None
+        files.give_back()
+
     def run(self, arrays: Outputs) -> Outputs:
         if self.function is not None:
             return self.function(arrays)
@@ -156,6 +161,8 @@ def compare(
                 f"{plain.name}: expected numbers from the reference, found NaN in {bad[0]}"
                 f" ({feed.name}); give other inputs"
             )
+    del scores
+    plain.close()
     if not expected:
         raise files.BadInput(
             f"{plain.name}: expected numbers from the reference, found NaN on all inputs that were"
@@ -173,6 +180,7 @@ def compare(
             for name, out in _reference(optimised, feed).items():
                 own = _difference(outputs[name][kept[name]], out[kept[name]])
                 noise[name] = max(noise.get(name, 0.0), own)
+        optimised.close()
     judged = [_judge(plain, candidate, expected, noise) for candidate in candidates]
     return Report(plain.name, judged, description)
 
