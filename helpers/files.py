@@ -7,6 +7,7 @@ passes ``onnx.checker``), so `check` asks each in turn and ends with the runtime
 import ctypes
 import errno
 import fcntl
+import gc
 import os
 import re
 import secrets
@@ -25,6 +26,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
 LARGE = 2**16  # bytes of a weight that is written by itself
+SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
 # ONNX Runtime's own operator in ONNX's domain, which its optimizer and onnxscript write (T5).
 OWN = "No Op registered for SimplifiedLayerNormalization "
@@ -88,14 +90,15 @@ def check(path: str | Path) -> Path:
     try:
         ir.from_proto(model)
         del model  # the checker and the session read the file again
-        give_back()
+        if path.stat().st_size > SLOW:
+            gc.collect()  # models are in cycles
+            give_back()
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
             if OWN not in str(error):
                 raise
         session(path, optimise=False)
-        give_back()
     except Exception as error:  # each library raises its own types; all mean that the file is bad
         raise refused(path, error) from None
     return path

@@ -8,6 +8,7 @@ the step at fault is found by bisection.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def fuse(
         with files.writing(out) as draft:
             files.write(model, draft)
             del model, sites
+            gc.collect()  # models are in cycles
             files.give_back()
             print("comparing …", flush=True)
             cases, description = feeds.read(inputs, draft if report.repaired else path)
