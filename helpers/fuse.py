@@ -20,7 +20,17 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
 from helpers import feeds, files, graph, parity
-from helpers.fusions import attention, gelu, guards, heads, masks, normalization, residual, rotary
+from helpers.fusions import (
+    attention,
+    gelu,
+    guards,
+    heads,
+    masks,
+    multi_head,
+    normalization,
+    residual,
+    rotary,
+)
 from helpers.quiet import quiet
 
 OPSET = 23  # the first with Attention
@@ -205,6 +215,8 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     heads.merge(model)
     yield "guards that are left out, heads that are split in the operator"
     if target == "cpu":
+        multi_head.use(model)
+        yield "MultiHeadAttention where there are many keys"
         residual.keep_apart(model)
         yield "residuals kept apart from normalisations"
 
