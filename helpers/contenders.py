@@ -37,6 +37,7 @@ LOOKS = {
     "openvino": Look("#CC79A7", "X"),
     "openvino-int8": Look("#CC79A7", "X", filled=False),
     "ours": Look("#D55E00", "P"),
+    "lifted": Look("#D55E00", "*"),
     "ours-int8": Look("#D55E00", "P", filled=False),
 }
 
