@@ -332,7 +332,7 @@ def _empty(feed: Feed, outputs: Outputs, scores: ort.InferenceSession | None) ->
     Without `scores` every row that is padding itself is taken for one, which leaves out more than
     it must.
     """
-    if all(keys.all() for keys in feed.keys.values()):
+    if not feed.keys or (scores is None and all(keys.all() for keys in feed.keys.values())):
         return []
     if scores is None:
         return [~keys for keys in feed.keys.values()]

@@ -26,13 +26,11 @@ import numpy as np
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.fusions import masks, products
-from helpers.fusions.values import NOTHING, constant, dim, number, rank, sized_by, tail
+from helpers.fusions import forms, masks, products
+from helpers.fusions.values import NOTHING, dim, number, rank, sized_by, tail
 
 _SAME = {"Cast", "CastLike", "Dropout", "Identity"}
 _RESHAPES = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
-_CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
-_FOUR = "four axes"
 
 
 class Left(Exception):
@@ -68,6 +66,7 @@ class _Lift:
         self.reshapes: list[ir.Node] = []
         self.full = False  # whether the bias has been brought to the shape of all scores
         self.casts = False
+        self.shifted = False  # whether the scores have been shifted, each row by a number
         self.added: ir.Value | None = None  # how many keys were added that are not the product's
         self.dropped = False  # whether their weights are dropped after the Softmax
 
@@ -122,7 +121,7 @@ class _Lift:
             onward = [value for value in node.inputs if value in below]
             if node.op_type == "Where" and node.inputs[0] in below:
                 onward = onward[1:]  # a condition on the scores themselves
-            elif node.op_type in ("Reshape", "Expand", "Slice") or _off_the_top(node):
+            elif node.op_type in ("Reshape", "Expand", "Slice") or forms.off_the_top(node):
                 onward = onward[:1]  # a shape computed from the scores' own; their maximum
             if len(set(onward)) != 1 or (len(onward) > 1 and node.op_type != "Where"):
                 raise Left(f"{node.op_type} {graph.name(node)} takes the scores twice")
@@ -162,7 +161,7 @@ class _Lift:
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
         node, perm = value.producer(), [*range(axes)]
-        if (inner := _swapped_in_three(value)) is not None:
+        if (inner := forms.swapped_in_three(value)) is not None:
             return inner
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
@@ -214,8 +213,12 @@ class _Lift:
         elif kind in ("Add", "Sum") and len(inputs) == 2:
             self._add("Add", other)
         elif kind == "Sub" and at == 0:
-            if not _off_the_top(node):
+            if not forms.off_the_top(node):
                 self._add("Sub", other)
+            elif self.flip:
+                raise Left(f"{kind} {graph.name(node)} takes off a maximum over the queries")
+            else:
+                self.shifted = True
         elif kind == "Mul" or (kind == "Div" and at == 0):
             self._multiply(kind, other)
         elif kind == "Where" and at > 0:
@@ -224,7 +227,7 @@ class _Lift:
             self._add_keys(node, other)
         elif kind == "Tanh" and self.softcap is None and self.bias is None and not self.row_scales:
             self.softcap = 0.0
-        elif not _keeps_scores(node, at):
+        elif not forms.keeps_scores(node, at):
             raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
 
     def _multiply(self, kind: str, by: ir.Value) -> None:
@@ -278,11 +281,10 @@ class _Lift:
             raise Left(f"{other.name}, in place of masked scores, is not known to be very low")
         if number(condition) == float(keeps):
             return
-        self.conditions.append(_root(condition, keeps))
+        self.conditions.append(forms.root(condition, keeps))
         self._lay_out()
-        tensor = ir.convenience.get_const_tensor(other)
-        zero = self.bias or self._number(0.0, tensor.dtype)
-        low = self._number(lowest, tensor.dtype)
+        dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
+        zero, low = self.bias or self._number(0.0, dtype), self._number(lowest, dtype)
         choice = [zero, low] if keeps else [low, zero]
         self.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
@@ -304,7 +306,7 @@ class _Lift:
         """Scores of more keys, beside the product's: keys of zeros, with those scores as bias."""
         if node.attributes.get_int("axis", 0) not in (-1, self.rank - 1) or self.added is not None:
             raise Left(f"Concat {graph.name(node)} adds to the scores")
-        if self.flip or self.reshapes or self.softcap is not None:
+        if self.flip or self.reshapes or self.shifted or self.softcap is not None:
             raise Left(f"Concat {graph.name(node)} adds to the scores in another layout")
         zero = self._number(0.0)
         bias = self.bias or self.tape.op("CastLike", [zero, scores])
@@ -347,12 +349,8 @@ class _Lift:
 
     def _again(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """What `node` does to the scores, done to `value`."""
-        attributes = {one.name: one for one in node.attributes.values()}
-        made = ir.Node(
-            node.domain, node.op_type, [value, *node.inputs[1:]], attributes.values(), num_outputs=1
-        )
-        self.tape._nodes.append(made)
-        return made.outputs[0]
+        inputs, attributes = [value, *node.inputs[1:]], dict(node.attributes)
+        return self.tape.op(node.op_type, inputs, attributes, domain=node.domain)
 
     def _read_weight(self, node: ir.Node, at: int) -> None:
         """What `node`, which gets them as its input `at`, does to the weights."""
@@ -400,7 +398,7 @@ class _Lift:
 
     def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
         """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
-        root, holds = _root(condition, keeps)
+        root, holds = forms.root(condition, keeps)
         node = root.producer()
         if (root, holds) in self.conditions or (node is not None and node.op_type == "IsNaN"):
             return True
@@ -450,7 +448,7 @@ class _Lift:
         )
         node = outputs[0].producer()
         node.metadata_props.update(softmax.metadata_props)
-        node.name = _named(softmax)
+        node.name = forms.named(softmax)
         result = self._back(outputs[0], own)
         if self.casts:
             result = self.tape.op("CastLike", [result, own])
@@ -508,7 +506,7 @@ class _Lift:
         within, queue = {*chain}, [user for value in values for user in value.consumers()]
         guards = {node.inputs[0] for node in chain if node.op_type == "Where"}
         for value in guards:
-            within |= _above(value, set(self._below(softmax)))
+            within |= forms.above(value, set(self._below(softmax)))
         within |= {user for user in queue if user.op_type == "Shape"}
         for value in values:
             if value.is_graph_output():
@@ -562,72 +560,3 @@ class _Lift:
     def _number(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         array = np.array(value, dtype.numpy())
         return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
-
-
-def _keeps_scores(node: ir.Node, at: int) -> bool:
-    """Whether `node` bounds the scores where none is: at least the lowest number, or the like."""
-    bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
-    if node.op_type == "Max":
-        return None not in bounds and max(bounds) <= NOTHING
-    if node.op_type != "Clip" or None in bounds:
-        return False
-    return all(abs(one) >= -NOTHING for one in bounds)
-
-
-def _swapped_in_three(value: ir.Value) -> ir.Value | None:
-    """What `value` is with its last two axes exchanged, if they were with the others merged.
-
-    onnxscript writes the transpose of keys as Reshape (B·N, T, D), Transpose, Reshape (B, N, D, T).
-    """
-    back = value.producer()
-    swap = back.inputs[0].producer() if back is not None and back.op_type == "Reshape" else None
-    if swap is None or [*(swap.attributes.get_ints("perm") or [])] != [0, 2, 1]:
-        return None
-    merge = swap.inputs[0].producer()
-    if merge is None or merge.op_type != "Reshape" or rank(merge.inputs[0]) != rank(value):
-        return None
-    inner = merge.inputs[0]
-    pairs = [(dim(inner, -1), dim(value, -2)), (dim(inner, -2), dim(value, -1))]
-    return inner if all(one == other or None in (one, other) for one, other in pairs) else None
-
-
-def _off_the_top(node: ir.Node) -> bool:
-    """Whether `node` takes from the scores their maximum in each row, which changes no weight."""
-    top = node.inputs[-1] and node.inputs[-1].producer()
-    if top is not None and top.op_type == "Unsqueeze":
-        top, keeps = top.inputs[0].producer(), 0
-    else:
-        keeps = 1
-    if node.op_type != "Sub" or top is None or top.op_type != "ReduceMax":
-        return False
-    axes = top.attributes.get_ints("axes") or constant(top.inputs[1] if top.inputs[1:] else None)
-    last = axes is not None and [*axes] in ([-1], [(rank(top.inputs[0]) or 0) - 1])
-    return last and top.attributes.get_int("keepdims", 1) == keeps
-
-
-def _root(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
-    """What a condition was made of, and whether it must hold or not."""
-    while (node := condition.producer()) is not None and node.op_type in _CONDITIONS:
-        holds ^= node.op_type == "Not"
-        condition = node.inputs[0]
-    return condition, holds
-
-
-def _above(value: ir.Value, within: set[ir.Value]) -> set[ir.Node]:
-    """The nodes among those that make `within` that `value` is computed by."""
-    found, queue = set(), [value]
-    while queue:
-        node = queue.pop().producer()
-        if node is not None and node not in found and not within.isdisjoint(node.outputs):
-            found.add(node)
-            queue += [one for one in node.inputs if one is not None]
-    return found
-
-
-def _named(softmax: ir.Node) -> str:
-    """The operator's name, after the Softmax's, in which the module may be written."""
-    name = graph.name(softmax)
-    for word, other in (("Softmax", "Attention"), ("softmax", "attention")):
-        if word in name:
-            return name.replace(word, other)
-    return f"{name}/Attention"

@@ -24,7 +24,11 @@ def number(value: ir.Value | None) -> float | None:
         filled = node.attributes.get_tensor("value", None)
         return 0.0 if filled is None else float(filled.numpy().flat[0])
     if node is not None and node.op_type in _FILLED:
-        return number(node.inputs[0])
+        found = number(node.inputs[0])
+        to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
+        if found is None or not to or ir.DataType(to).is_floating_point():
+            return found
+        return float(bool(found) if to == ir.DataType.BOOL else int(found))
     if node is not None and node.op_type in ("Mul", "Not"):
         factors = [number(one) for one in node.inputs]
         if None in factors:
