@@ -172,7 +172,7 @@ class Result:
         from matplotlib.figure import Figure
 
         speedups, names = self.speedups(), []
-        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), dpi=70, layout="constrained")
+        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), dpi=62, layout="constrained")
         axes = figure.subplots()
         axes.axvline(1, color="grey", linewidth=1, linestyle="--")
         for row, contender in enumerate(self.contenders):
