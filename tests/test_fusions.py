@@ -68,7 +68,8 @@ def test_another_function_is_no_gelu():
 
 RMS = """(float[2,3,4] x, float[4] w) => (float[2,3,4] y)
 <float two = {2}, float eps = {0.001}, int64[1] last = {-1}>
-{ a = Pow (x, two) b = ReduceMean <keepdims = 1, noop_with_empty_axes = 0> (a, last) c = Add (b, eps) d = Sqrt (c)
+{ a = Pow (x, two) b = ReduceMean <keepdims = 1, noop_with_empty_axes = 0> (a, last)
+  c = Add (b, eps) d = Sqrt (c)
   e = Reciprocal (d) f = Mul (x, e) y = Mul (w, f) }"""
 LAYER = """(float[2,3,4] x, float[4] w, float[4] b) => (float[2,3,4] y)
 <float two = {2}, float eps = {0.001}, int64[1] last = {-1}>
