@@ -93,15 +93,20 @@ def check(path: str | Path) -> Path:
         if path.stat().st_size > SLOW:
             gc.collect()  # models are in cycles
             give_back()
-        try:
-            onnx.checker.check_model(str(path))
-        except onnx.checker.ValidationError as error:
-            if OWN not in str(error):
-                raise
-        session(path, optimise=False)
+        _run(path)
     except Exception as error:  # each library raises its own types; all mean that the file is bad
         raise refused(path, error) from None
     return path
+
+
+def _run(path: Path) -> None:
+    """Raise whatever onnx's checker or ONNX Runtime raise on the model at `path`."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        if OWN not in str(error):
+            raise
+    session(path, optimise=False)
 
 
 def refused(path: Path, error: Exception) -> BadInput:
@@ -298,7 +303,10 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         with replacing(path) as draft:
             yield draft
-            check(draft)
+            try:
+                _run(draft)
+            except Exception as error:
+                raise refused(path, error) from None
             if len(list(draft.parent.iterdir())) > 1:
                 _move_data(draft, path, moved)
     except BaseException:
