@@ -252,6 +252,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise BadInput(f"{path}: expected a file to write, found a folder; choose another name")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: expected an existing folder, found none; create {path.parent}")
+    try:
+        with scratch(path) as draft:
+            yield draft
+            draft.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BadInput(
+            f"{path}: expected room for the file, found: {error.strerror}; make room, or choose"
+            " another folder"
+        ) from None
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A path of the name of `path` in a temporary folder beside it, which is gone afterwards.
+
+    Raises `BadInput` on a folder that cannot be written to.
+    """
     _remove_left_over(path.parent)
     try:
         folder = Path(tempfile.mkdtemp(prefix=DRAFT, dir=path.parent))
@@ -264,14 +283,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         fcntl.flock(held, fcntl.LOCK_EX)  # until this process ends, however it does
         yield folder / path.name
-        (folder / path.name).replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise BadInput(
-            f"{path}: expected room for the file, found: {error.strerror}; make room, or choose"
-            " another folder"
-        ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
@@ -331,13 +342,6 @@ def _move_data(draft: Path, path: Path, moved: list[Path]) -> None:
         moved.append(path.parent / new)
         (draft.parent / old).replace(path.parent / new)
     draft.write_bytes(model.SerializeToString())
-
-
-@contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    """A path in `parent` to write a model to that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=DRAFT, dir=parent) as folder:
-        yield Path(folder) / "scratch.onnx"
 
 
 def write(model: ir.Model, path: Path) -> None:

@@ -58,18 +58,13 @@ class Fused:
         return self.parity.held
 
     def to_json(self) -> dict[str, Any]:
-        gap = self.parity.max_abs_diff
+        compared = self.parity.to_json()
+        reason = compared.pop("reason")
         return {
             "sites": self.sites,
             "fused": self.fused,
             "operators": self.operators,
-            "parity": {
-                "held": self.held,
-                "max_abs_diff": gap if np.isfinite(gap) else None,
-                "tolerance": self.parity.tolerance,
-                "where": self.parity.reason or self.parity.where,
-                "inputs": self.inputs,
-            },
+            "parity": compared | {"where": reason or compared["where"], "inputs": self.inputs},
             "repaired": self.repaired,
             "left": self.left,
             "at_fault": self.at_fault,
@@ -239,7 +234,7 @@ def _bisect(
     while high - low > 1:
         middle = (low + high) // 2
         print(f"looking for the step at fault: {middle} of {len(names)} …", flush=True)
-        with files.scratch(out.parent) as draft:
+        with files.scratch(out) as draft:
             files.write(_stepped(path, target, _Report(), middle), draft)
             held = parity.compare(reference, [draft], cases, "").held
         low, high = (middle, high) if held else (low, middle)

@@ -54,7 +54,8 @@ class _Lift:
         if scores is None or context is None:
             raise Left(f"its products are {kinds[0]} and {kinds[1]}")
         site = dataclasses.replace(site, scores=scores, context=context)
-        self.model, self.site = model, site
+        self.site = site
+        self.of_scores, self.of_weights = _below(site.scores), _below(site.node)
         self.tape = ir.tape.Tape()
         self.known = graph.from_input(model)
         self.scale = 1.0
@@ -75,7 +76,7 @@ class _Lift:
         scores, softmax, context = self.site.scores, self.site.node, self.site.context
         if softmax.op_type != "Softmax":
             raise Left(f"{graph.name(softmax)} is a {softmax.op_type}, and not a Softmax")
-        before = self._between(scores, softmax.inputs[0])
+        before = self._between(self.of_scores, scores, softmax.inputs[0])
         axis = softmax.attributes.get_int("axis", -1)
         axis -= (rank(softmax.inputs[0]) or 0) if axis >= 0 else 0
         for node, _ in reversed(before):
@@ -90,33 +91,20 @@ class _Lift:
             (rank(softmax.inputs[0]) or 4) - 1 - self.flip
         ):
             raise Left(f"{graph.name(softmax)} is over another axis than the keys'")
-        weights = next(
-            value
-            for value in context.inputs
-            if value.producer() is softmax or value in self._below(softmax)
-        )
-        after = self._between(softmax, weights)
+        weights = next(value for value in context.inputs if value in self.of_weights)
+        after = self._between(self.of_weights, softmax, weights)
         for node, at in after:
             self._read_weight(node, at)
         return self._build([node for node, _ in after], weights)
 
     # ── Reading ─────────────────────────────────────────────────────────────────────────────────
 
-    def _below(self, node: ir.Node) -> set[ir.Value]:
-        """What is computed from the results of `node`, not from their shapes, in the same graph."""
-        found = set(node.outputs)
-        queue = [*node.outputs]
-        while queue:
-            for user in queue.pop().consumers():
-                here = user.graph is node.graph and user.op_type != "Shape"
-                if here and not found.issuperset(user.outputs):
-                    found.update(user.outputs)
-                    queue += user.outputs
-        return found
-
-    def _between(self, first: ir.Node, last: ir.Value) -> list[tuple[ir.Node, int]]:
-        """The nodes on the way from the result of `first` to `last`, and by which input."""
-        below, path = self._below(first), []
+    def _between(
+        self, below: set[ir.Value], first: ir.Node, last: ir.Value
+    ) -> list[tuple[ir.Node, int]]:
+        """The nodes on the way from `first`, with all that is `below` it, to `last`, and by which
+        input."""
+        path = []
         while (node := last.producer()) is not first:
             onward = [value for value in node.inputs if value in below]
             if node.op_type == "Where" and node.inputs[0] in below:
@@ -189,8 +177,7 @@ class _Lift:
             value = self.tape.op("Unsqueeze", [value, self._ints(*range(missing))])
         if one or learned:
             ones = self._ints(*[1] * (self.rank - len(leading)))
-            size = self.tape.op("Shape", [other], {"start": 0, "end": len(leading)})
-            shape = self.tape.op("Concat", [size, ones], {"axis": 0})
+            shape = self._shape(self._sizes(other, 0, len(leading)), ones)
             value = self.tape.op("Expand", [value, shape])
         return value
 
@@ -311,17 +298,12 @@ class _Lift:
         zero = self._number(0.0)
         bias = self.bias or self.tape.op("CastLike", [zero, scores])
         self.bias = self.tape.op("Concat", [self._whole(bias), scores], {"axis": -1})
-        self.added = self.tape.op("Shape", [scores], {"start": -1})
+        self.added = self._sizes(scores, -1)
         self.key = self._padded(self.key)
 
     def _padded(self, value: ir.Value) -> ir.Value:
         """Keys or values with zeros for the ones that were added."""
-        sizes = [
-            self.tape.op("Shape", [value], {"start": 0, "end": -2}),
-            self.added,
-            self.tape.op("Shape", [value], {"start": -1}),
-        ]
-        shape = self.tape.op("Concat", sizes, {"axis": 0})
+        shape = self._shape(self._sizes(value, 0, -2), self.added, self._sizes(value, -1))
         zero = self.tape.op("CastLike", [self._number(0.0), value])
         zeros = self.tape.op("Expand", [zero, shape])
         return self.tape.op("Concat", [value, zeros], {"axis": -2})
@@ -341,11 +323,7 @@ class _Lift:
         return self.tape.op("Expand", [bias, self._shape_of_scores()])
 
     def _shape_of_scores(self) -> ir.Value:
-        sizes = [
-            self.tape.op("Shape", [self.query], {"start": 0, "end": -1}),
-            self.tape.op("Shape", [self.key], {"start": -2, "end": -1}),
-        ]
-        return self.tape.op("Concat", sizes, {"axis": 0})
+        return self._shape(self._sizes(self.query, 0, -1), self._sizes(self.key, -2, -1))
 
     def _again(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """What `node` does to the scores, done to `value`."""
@@ -402,9 +380,7 @@ class _Lift:
         node = root.producer()
         if (root, holds) in self.conditions or (node is not None and node.op_type == "IsNaN"):
             return True
-        return (
-            root in self._below(self.site.scores) and dim(condition, -2 if self.flip else -1) == 1
-        )
+        return root in self.of_scores and dim(condition, -2 if self.flip else -1) == 1
 
     # ── Building ────────────────────────────────────────────────────────────────────────────────
 
@@ -424,9 +400,7 @@ class _Lift:
             query = self.tape.op(kind, [query, by])
         own = value  # with the axes that the values have in the graph
         if self.reshapes:
-            leading = self.tape.op("Shape", [self.query], {"start": 0, "end": -2})
-            last = self.tape.op("Shape", [value], {"start": -2})
-            shape = self.tape.op("Concat", [leading, last], {"axis": 0})
+            shape = self._shape(self._sizes(self.query, 0, -2), self._sizes(value, -2))
             value = self.tape.op("Reshape", [value, shape])
         else:
             value = self._broadcast(value, self.query, heads=False)
@@ -466,7 +440,8 @@ class _Lift:
             other.shape, other.type = one.shape, one.type
         self._redirect_shapes([softmax, *after])
         if not self.flip and not self.reshapes:
-            self._redirect(context.outputs[0], self._shape_of_result(own))
+            shape = self._shape(self._sizes(self.query, 0, -1), self._sizes(own, -1))
+            self._redirect(context.outputs[0], shape)
         last.graph.insert_before(last, self.tape.nodes)
         for one, other in zip(old, new, strict=True):
             one.replace_all_uses_with(other, replace_graph_outputs=True)
@@ -480,13 +455,6 @@ class _Lift:
                 return
             if not self.flip:
                 self._redirect(node.outputs[0], self._shape_of_scores())
-
-    def _shape_of_result(self, value: ir.Value) -> ir.Value:
-        sizes = [
-            self.tape.op("Shape", [self.query], {"start": 0, "end": -1}),
-            self.tape.op("Shape", [value], {"start": -1}),
-        ]
-        return self.tape.op("Concat", sizes, {"axis": 0})
 
     def _redirect(self, value: ir.Value, shape: ir.Value) -> None:
         """Have those that ask for the shape of `value` take `shape` instead."""
@@ -506,7 +474,7 @@ class _Lift:
         within, queue = {*chain}, [user for value in values for user in value.consumers()]
         guards = {node.inputs[0] for node in chain if node.op_type == "Where"}
         for value in guards:
-            within |= forms.above(value, set(self._below(softmax)))
+            within |= forms.above(value, self.of_weights)
         within |= {user for user in queue if user.op_type == "Shape"}
         for value in values:
             if value.is_graph_output():
@@ -518,8 +486,7 @@ class _Lift:
         if self.rank < 4:
             return self.tape.op("Unsqueeze", [value, self._ints(*range(4 - self.rank))])
         if self.rank > 4:
-            last = self.tape.op("Shape", [value], {"start": -3})
-            shape = self.tape.op("Concat", [self._ints(-1), last], {"axis": 0})
+            shape = self._shape(self._ints(-1), self._sizes(value, -3))
             return self.tape.op("Reshape", [value, shape])
         return value
 
@@ -539,10 +506,8 @@ class _Lift:
         if not self.reshapes and self.rank <= 4:
             return self._squeezed(result)
         like = own if self.reshapes else self.query
-        leading = self.tape.op("Shape", [like], {"start": 0, "end": -2})
-        rows = self.tape.op("Shape", [self.query], {"start": -2, "end": -1})
-        width = self.tape.op("Shape", [own], {"start": -1})
-        shape = self.tape.op("Concat", [leading, rows, width], {"axis": 0})
+        leading, rows = self._sizes(like, 0, -2), self._sizes(self.query, -2, -1)
+        shape = self._shape(leading, rows, self._sizes(own, -1))
         return self.tape.op("Reshape", [result, shape])
 
     def _squeezed(self, value: ir.Value) -> ir.Value:
@@ -554,9 +519,30 @@ class _Lift:
         perm = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
         return self.tape.op("Transpose", [value], {"perm": perm})
 
+    def _sizes(self, value: ir.Value, start: int, end: int | None = None) -> ir.Value:
+        """The sizes of the axes of `value` from `start` to before `end`."""
+        ends = {"start": start} if end is None else {"start": start, "end": end}
+        return self.tape.op("Shape", [value], ends)
+
+    def _shape(self, *sizes: ir.Value) -> ir.Value:
+        return self.tape.op("Concat", sizes, {"axis": 0})
+
     def _ints(self, *numbers: int) -> ir.Value:
         return self.tape.op("Constant", [], {"value_ints": numbers})
 
     def _number(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         array = np.array(value, dtype.numpy())
         return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
+
+
+def _below(node: ir.Node) -> set[ir.Value]:
+    """What is computed from the results of `node`, not from their shapes, in the same graph."""
+    found = set(node.outputs)
+    queue = [*node.outputs]
+    while queue:
+        for user in queue.pop().consumers():
+            here = user.graph is node.graph and user.op_type != "Shape"
+            if here and not found.issuperset(user.outputs):
+                found.update(user.outputs)
+                queue += user.outputs
+    return found
