@@ -9,8 +9,8 @@ does not compute what PyTorch computes takes no part. A *ratio* is the time of o
 that of the fastest of the others, paired by round: below 1 is faster than all of them.
 
 It may be run in parts. A cell that is measured again replaces its rows in speed.csv, beside this
-file; the summary and the picture, speed.svg, are made of all cells there. Export files go to a
-temporary folder, up to 10 GB for one model.
+file; the summary, the picture, speed.svg, and the README's table are made of all cells there.
+Export files go to a temporary folder, up to 10 GB for one model.
 """
 
 import argparse
@@ -107,7 +107,7 @@ WHISPER_SMALL = {  # of Whisper's sizes the one as wide and as deep as the base 
 }
 MODELS = {
     "wav2vec2": Model(
-        "facebook/wav2vec2-base-960h", "Wav2Vec2ForCTC", _speech, (5, 20), "s", "clip"
+        "facebook/wav2vec2-base-960h", "Wav2Vec2ForCTC", _speech, (5, 10), "s", "clip"
     ),
     "bert": Model(
         "google-bert/bert-base-uncased",
@@ -427,6 +427,30 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A row for each cell: the ratios of ours, by their label, and who was the fastest other."""
+    names = cells(table)
+    ours = list(table[table["kind"] == "ours"]["contender"].unique())
+    lines = [f"| {' | '.join(['cell', *ours, 'the fastest of the others'])} |"]
+    lines.append("| --- " * (len(ours) + 2) + "|")
+    for cell, rows in table.groupby(CELL, sort=False):
+        found = {
+            row["contender"]: f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            for row in rows.dropna(subset="ratio").to_dict("records")
+        }
+        others = rows[(rows["kind"] != "ours") & rows["ratio"].notna()]
+        fastest = "" if others.empty else others.loc[others["ratio"].idxmin(), "contender"]
+        lines.append(
+            f"| {names[cell]} | {' | '.join(found.get(o, '') for o in ours)} | {fastest} |"
+        )
+    return "\n".join(lines)
+
+
+def page(table: pd.DataFrame) -> str:
+    """What the README shows: the summary, and the table."""
+    return f"```\n{summary(table)}\n```\n\n{markdown(table)}"
+
+
 def draw(table: pd.DataFrame, path: Path) -> Figure:
     """Ours in each cell, as dots with their intervals; the same bytes for the same table."""
     names = cells(table)
@@ -526,6 +550,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(by_model(table))
     print(summary(table))
     draw(table, given.csv.with_suffix(".svg"))
+    if given.csv == ASSETS / "speed.csv":
+        files.put(ASSETS.parent / "README.md", "speed", page(table))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from helpers.coverage import FUSERS, NONE, ROUTES, Result
 from helpers.fusions.architectures import ARCHITECTURES
 
 ASSETS = Path(__file__).parent
-CSV, PICTURE, README = ASSETS / "fused_sites.csv", ASSETS / "fused_sites.svg", "README.md"
-START, END = "<!-- fused_sites -->", "<!-- /fused_sites -->"
+CSV, PICTURE = ASSETS / "fused_sites.csv", ASSETS / "fused_sites.svg"
 COLOURS = {"all": "#009E73", "some": "#F0E442", "none": "#FFFFFF", "wrong": "#D55E00"}
 
 
@@ -111,15 +110,6 @@ def draw(results: Sequence[Result]) -> None:
             figure.savefig(draft, format="svg", metadata={"Date": None})
 
 
-def update_readme(readme: Path, table: str) -> None:
-    """Put `table` between the two markers."""
-    whole = readme.read_text(encoding="utf-8")
-    before, rest = whole.split(START)
-    after = rest.split(END)[1]
-    with files.replacing(readme) as draft:
-        draft.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
@@ -138,7 +128,7 @@ def main() -> None:
     save(results)
     draw(results)
     table = markdown(results)
-    update_readme(ASSETS.parent / README, table)
+    files.put(ASSETS.parent / "README.md", "fused_sites", table)
     print(table)
 
 

@@ -265,6 +265,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from None
 
 
+def put(path: Path, name: str, text: str) -> None:
+    """Put `text` into the page at `path`, between ``<!-- name -->`` and ``<!-- /name -->``."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = path.read_text(encoding="utf-8").split(start)
+    after = rest.split(end)[1]
+    with replacing(path) as draft:
+        draft.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
     """A path of the name of `path` in a temporary folder beside it, which is gone afterwards.

@@ -184,3 +184,16 @@ def test_who_is_slow_is_timed_in_the_first_rounds_alone(make_speed, monkeypatch,
     ]
     assert np.isnan([rows["bad"]["ratio"], rows["late"]["ratio"]]).all()
     assert rows["bad"]["reason"] == rows["late"]["reason"] == "died"
+
+
+def test_what_is_shown_is_that_of_the_measurements(make_speed, tmp_path):
+    """The README's table and the picture are made of the csv, which has every cell."""
+    (tmp_path / "speed.csv").write_bytes((make_speed.ASSETS / "speed.csv").read_bytes())
+    table = make_speed.merge(tmp_path / "speed.csv", [])
+    both = {name: 2 * len(model.lengths) for name, model in make_speed.MODELS.items()}
+    assert table[make_speed.CELL].drop_duplicates()["model"].value_counts().to_dict() == both
+    readme = (make_speed.ASSETS.parent / "README.md").read_text(encoding="utf-8")
+    assert make_speed.page(table) in readme
+    make_speed.draw(table, tmp_path / "again.svg")
+    committed = (make_speed.ASSETS / "speed.svg").read_bytes()
+    assert (tmp_path / "again.svg").read_bytes() == committed
