@@ -272,7 +272,8 @@ class _Reader:
         step = self.step
         statement, leaves, end = self.tests()
         source = linecache.getline(step.code.co_filename, step.line).strip()
-        answer = GaveUp(step.line, source, end, test="; ".join(map(ast.unparse, leaves)))
+        tests = dict.fromkeys(map(ast.unparse, leaves))
+        answer = GaveUp(step.line, source, end, test="; ".join(tests))
         if self.function is None:
             self._last_group(answer)
             return answer
