@@ -1,7 +1,7 @@
 """Draw the pictures of the notebooks, beside this file: ``python assets/make_pictures.py``.
 
-Each is drawn by Netron from a graph that is made here, of two layers, which are as those of the
-full model; the fusion is that of the notebook's own cells. It takes a minute, and Chromium.
+Each is drawn by Netron from a graph that is made here. They have two layers, which are as those of
+the full models; the fusion is that of notebook 01's cells. It takes a minute, and Chromium.
 """
 
 import math
@@ -31,34 +31,59 @@ def fusion() -> dict[str, Any]:
     return names
 
 
-def draw(folder: Path) -> dict[str, view.View]:
-    """Draw all pictures into `folder`; returns what each shows, by file name."""
+Picture = tuple[Path, str | None, dict[str, Any]]  # a file, the node around which, and marks
+
+
+def wav2vec2(work: Path) -> dict[str, Picture]:
+    """The pictures of notebook 01, by file name; their graphs are put into `work`."""
     model = models.load("wav2vec2", num_hidden_layers=2).model
     example = {"input_values": torch.from_numpy(models.speech(seconds=1, batch=2))}
+    unfused, fused = work / "unfused.onnx", work / "fused.onnx"
+    exported = export.export(model, example, unfused, "torchscript")
+    [reason] = explain.explain(unfused, "bart", **SIZES).reasons
+    options = fusion()["OPTIONS"]
+    with export.quiet(), files.writing(fused) as draft:
+        made = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
+        made.save_model_to_file(str(draft))
+    site = graph.sites(exported.model)[0]
+    attention = graph.sites(graph.load(fused, weights=False))[0]
+    marks = reason.marks()
+    path = [*marks["along"], marks["break_at"], graph.name(site.context)]
+    return {
+        "01_block.svg": (unfused, None, {}),
+        "01_break.svg": (unfused, None, marks),
+        "01_path.svg": (unfused, reason.anchor.output, {"along": path, "up": 1, "down": 0}),
+        "01_fused.svg": (fused, attention.name, {}),
+    }
+
+
+def text(work: Path) -> dict[str, Picture]:
+    """The pictures of notebooks 02 to 04, by file name; their graphs are put into `work`."""
+    pictures = {}
+    own = {"attn_implementation": "eager", "num_hidden_layers": 2}
+    for number, name, options in (
+        ("02", "minilm", {"attn_implementation": "sdpa", "num_hidden_layers": 2, "pooled": True}),
+        ("03", "mpnet", {**own, "pooled": True}),
+        ("04", "deberta", own),
+    ):
+        model = models.load(name, **options).model
+        ids = torch.full((2, 8), 5)
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if name == "minilm":
+            example["token_type_ids"] = torch.zeros_like(ids)
+        unfused = work / f"{name}.onnx"
+        export.export(model, example, unfused, "torchscript")
+        sizes = {"num_heads": 12, "hidden_size": model.config.hidden_size}
+        [reason] = explain.explain(unfused, "bert", **sizes).reasons
+        pictures[f"{number}_break.svg"] = (unfused, None, reason.marks())
+    return pictures
+
+
+def draw(folder: Path) -> dict[str, view.View]:
+    """Draw all pictures into `folder`; returns what each shows, by file name."""
+    shown = {}
     with tempfile.TemporaryDirectory() as work:
-        unfused, fused = Path(work) / "unfused.onnx", Path(work) / "fused.onnx"
-        exported = export.export(model, example, unfused, "torchscript")
-        [reason] = explain.explain(unfused, "bart", **SIZES).reasons
-        options = fusion()["OPTIONS"]
-        with export.quiet(), files.writing(fused) as draft:
-            made = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
-            made.save_model_to_file(str(draft))
-        site = graph.sites(exported.model)[0]
-        attention = graph.sites(graph.load(fused, weights=False))[0]
-        marks = reason.marks()
-        path = [*marks["along"], marks["break_at"], graph.name(site.context)]
-        pictures = {
-            "01_block.svg": (unfused, None, {}),
-            "01_break.svg": (unfused, None, marks),
-            "01_path.svg": (
-                unfused,
-                reason.anchor.output,
-                {"along": path, "up": 1, "down": 0},
-            ),
-            "01_fused.svg": (fused, attention.name, {}),
-        }
-        shown = {}
-        for name, (file, around, marks) in pictures.items():
+        for name, (file, around, marks) in {**wav2vec2(Path(work)), **text(Path(work))}.items():
             print(f"drawing {name} …", flush=True)
             shown[name] = view.save(file, folder / name, around, **marks)
     return shown

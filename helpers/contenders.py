@@ -165,12 +165,13 @@ def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
     return _made(label, "ours", path, make)
 
 
-def int8(label: str, path: str | Path) -> Contender:
+def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender:
     """The graph at `path` with its products by weights in 8 bits, on ONNX Runtime.
 
-    ONNX Runtime's dynamic quantisation: weights are signed, per channel; inputs are quantised as it
-    runs. com.microsoft's Attention is a product by weights too. The standard's is not, and makes
-    the tool write an invalid file, so a graph that has one keeps its attention as it is.
+    ONNX Runtime's dynamic quantisation: weights are signed, with a scale for each column, or for
+    all of them without `per_channel`; inputs are quantised as it runs. com.microsoft's Attention is
+    a product by weights too. The standard's is not, and makes the tool write an invalid file, so a
+    graph that has one keeps its attention as it is.
     """
 
     def make(target: Path) -> None:
@@ -186,12 +187,12 @@ def int8(label: str, path: str | Path) -> Contender:
                 str(path),
                 str(draft),
                 op_types_to_quantize=["MatMul", "Attention"][: 1 + (domains == {graph.MICROSOFT})],
-                per_channel=True,
+                per_channel=per_channel,
                 weight_type=quantization.QuantType.QInt8,
                 extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},
             )
 
-    return _made(label, "ours-int8", path, make)
+    return _made(label, "ours-int8", path, make, "" if per_channel else "_tensor")
 
 
 def _made(

