@@ -39,6 +39,7 @@ LOOKS = {
     "ours": Look("#D55E00", "P"),
     "lifted": Look("#D55E00", "*"),
     "ours-int8": Look("#D55E00", "P", filled=False),
+    "ours-int8-tensor": Look("#D55E00", "d", filled=False),
 }
 
 
@@ -192,7 +193,7 @@ def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender
                 extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},
             )
 
-    return _made(label, "ours-int8", path, make, "" if per_channel else "_tensor")
+    return _made(label, "ours-int8" if per_channel else "ours-int8-tensor", path, make)
 
 
 def _made(

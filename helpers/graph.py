@@ -164,7 +164,9 @@ def module(node: ir.Node) -> str | None:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if scopes:
         modules = ast.literal_eval(scopes)[:-1]  # the last is the operator itself
-        return next((scope for scope in reversed(modules) if scope), None)
+        # torch.export's own name for what it adds is the module of no model
+        named = (one for one in reversed(modules) if not one.startswith("_empty_nn_module_stack"))
+        return next(filter(None, named), None)
     for path in (node.name or "", *(value.name or "" for value in node.outputs)):
         if path.startswith("/") and path.count("/") > 1:
             return ".".join(path.strip("/").split("/")[:-1])
