@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from helpers import files, graph
@@ -300,7 +301,7 @@ def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
         nodes = {name: node for node in proto.graph.node for name in node.output}
         names = [
             site.node.inputs[0].name if site.scores else _open(nodes.get(site.node.outputs[0].name))
-            for site in graph.sites(graph.load(path, weights=False))
+            for site in graph.sites(graph.inline(ir.from_proto(proto)))
         ]
         made = {name for node in proto.graph.node for name in node.output}
         wanted = [name for name in dict.fromkeys(names) if name in made]

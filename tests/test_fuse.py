@@ -245,6 +245,32 @@ def test_what_the_operator_gets(tmp_path):
     assert [value.name for value in node.inputs[:3]] == ["q1", "k0", "v0"]
 
 
+@pytest.mark.parametrize(("rows", "expands"), [("length", 0), ("1", 1)])
+def test_a_bias_in_another_layout_is_expanded_where_it_must_be(tmp_path, rows, expands):
+    """Heads in the batch, as DeBERTa's: scores (batch · heads, S, T) and a bias for all of them."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 23]>
+    tiny (float[12,length,4] q, float[12,4,length] k, float[12,length,4] v,
+          float[12,ROWS,length] bias) => (float[12,length,4] y)
+    {
+      s0 = MatMul (q, k)
+      s1 = Add (s0, bias)
+      s2 = Shape <start = 1> (s1)
+      six = Constant <value_ints = [2, 6]> ()
+      shape = Concat <axis = 0> (six, s2)
+      s3 = Reshape (s1, shape)
+      p0 = Softmax <axis = -1> (s3)
+      back = Shape (s1)
+      p1 = Reshape (p0, back)
+      y = MatMul (p1, v)
+    }"""
+    path = write(tmp_path / "in.onnx", text.replace("ROWS", rows))
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 1)
+    made = graph.counts(graph.load(tmp_path / "out.onnx"))
+    assert made.get("Expand", 0) == expands
+
+
 def test_weights_that_are_read_elsewhere(tmp_path):
     """They are the operator's fourth output; the Softmax is gone all the same."""
     way = {"after": "w = Identity (p) seen_ = ReduceMean <axes = [1], keepdims = 0> (p)"}

@@ -320,6 +320,9 @@ class _Lift:
         if self.full:
             return bias
         self.full = True
+        product = self.site.scores.outputs[0].shape
+        if product is not None and not product.has_unknown_dim() and bias.shape == product:
+            return bias
         return self.tape.op("Expand", [bias, self._shape_of_scores()])
 
     def _shape_of_scores(self) -> ir.Value:
