@@ -63,25 +63,47 @@ def text(work: Path) -> dict[str, Picture]:
     for number, name, attention in (("02", "minilm", "sdpa"), ("03", "mpnet", "eager")):
         options = {"attn_implementation": attention, "num_hidden_layers": 2, "pooled": True}
         model = models.load(name, **options).model
-        ids = torch.full((2, 8), 5)
-        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        example = sentences()
         if name == "minilm":
-            example["token_type_ids"] = torch.zeros_like(ids)
-        unfused = work / f"{name}.onnx"
-        export.export(model, example, unfused, "torchscript")
-        sizes = {"num_heads": 12, "hidden_size": model.config.hidden_size}
-        [reason] = explain.explain(unfused, "bert", **sizes).reasons
-        pictures[f"{number}_break.svg"] = (unfused, None, reason.marks())
+            example["token_type_ids"] = torch.zeros_like(example["input_ids"])
+        pictures[f"{number}_break.svg"] = broken(model, example, work / f"{name}.onnx")
     return pictures
+
+
+def deberta(work: Path) -> dict[str, Picture]:
+    """The pictures of notebook 04, by file name; their graphs are put into `work`."""
+    architecture = models.ARCHITECTURES["deberta"]
+    small = {**architecture.config, "num_hidden_layers": 2, "vocab_size": 1000}
+    model = models.stand_in(architecture.model, small, "eager")
+    exported = export.export(model, sentences(), work / "products.onnx", "dynamo")
+    (total,) = graph.sites(exported.model)[0].scores.outputs[0].consumers()
+    return {
+        "04_products.svg": (exported.path, graph.name(total), {"up": 5, "down": 3}),
+        "04_break.svg": broken(model, sentences(), work / "deberta.onnx"),
+    }
+
+
+def sentences() -> dict[str, torch.Tensor]:
+    ids = torch.full((2, 8), 5)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def broken(model: torch.nn.Module, example: dict[str, torch.Tensor], unfused: Path) -> Picture:
+    """Where BERT's fusion gives up on `model`, as TorchScript exports it to `unfused`."""
+    export.export(model, example, unfused, "torchscript")
+    sizes = {"num_heads": 12, "hidden_size": model.config.hidden_size}
+    [reason] = explain.explain(unfused, "bert", **sizes).reasons
+    return unfused, None, reason.marks()
 
 
 def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work:
-        for name, (file, around, marks) in {**wav2vec2(Path(work)), **text(Path(work))}.items():
-            print(f"drawing {name} …", flush=True)
-            shown[name] = view.save(file, folder / name, around, **marks)
+        for pictures in (wav2vec2, text, deberta):
+            for name, (file, around, marks) in pictures(Path(work)).items():
+                print(f"drawing {name} …", flush=True)
+                shown[name] = view.save(file, folder / name, around, **marks)
     return shown
 
 

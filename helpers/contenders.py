@@ -38,6 +38,8 @@ LOOKS = {
     "openvino-int8": Look("#CC79A7", "X", filled=False),
     "ours": Look("#D55E00", "P"),
     "lifted": Look("#D55E00", "*"),
+    "lifted-shared": Look("#D55E00", ">"),
+    "part": Look("#999999", "."),  # computes something else, to see what the rest costs
     "ours-int8": Look("#D55E00", "P", filled=False),
     "ours-int8-tensor": Look("#D55E00", "d", filled=False),
 }

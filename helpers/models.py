@@ -32,7 +32,7 @@ class Architecture:
     """What is needed to load one architecture: its class, and its published checkpoint."""
 
     model: str  # a class of transformers
-    processor: str | None  # a class of transformers, for what the model reads and predicts
+    processor: str | None  # a class of transformers, where what the model reads is needed
     repository: str
     revision: str
     config: Mapping[str, Any]  # where the published configuration differs from the class's default
@@ -55,6 +55,24 @@ ARCHITECTURES = {
         revision="e8c3b32edf5434bc2275fc9bab85f82640a19130",
         config={"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
     ),
+    "deberta": Architecture(  # DeBERTa-v3 has the architecture of v2
+        model="DebertaV2Model",
+        processor=None,  # its vocabulary is published for another library alone, sentencepiece
+        repository="microsoft/deberta-v3-base",
+        revision="8ccc9b6f36199bec6961081d44eb72fb3f7353f3",
+        config={
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+    ),
     "minilm": Architecture(
         model="BertModel",
         processor="BertTokenizer",
@@ -74,10 +92,7 @@ class Study:
     model: transformers.PreTrainedModel
     processor: Any | None
     source: str
-
-    @property
-    def is_stand_in(self) -> bool:
-        return self.processor is None
+    is_stand_in: bool = False
 
 
 def load(
@@ -128,7 +143,9 @@ def load(
                 f"{weights}: expected the published weights of"
                 f" {architecture.repository}, found SHA-256 {found}; install or fetch them again"
             )
-    processor = getattr(transformers, architecture.processor).from_pretrained(folder)
+    kind, processor = architecture.processor, None
+    if kind is not None:
+        processor = getattr(transformers, kind).from_pretrained(folder)
     with _without_bars():
         model = model_class.from_pretrained(
             folder,
@@ -215,7 +232,8 @@ def _stand_in(
     changes = {} if layers is None else {"num_hidden_layers": layers}
     model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
     source = f"a stand-in with the configuration of {architecture.repository} and seeded weights"
-    return Study(model, None, f"{source}, {model.config.num_hidden_layers} layers")
+    source = f"{source}, {model.config.num_hidden_layers} layers"
+    return Study(model, None, source, is_stand_in=True)
 
 
 def stand_in(

@@ -66,6 +66,18 @@ def test_a_checkpoint_in_a_local_folder_is_used(tiny, tmp_path):
         assert torch.equal(value, loaded.model.state_dict()[name]), name
 
 
+def test_a_checkpoint_whose_processor_is_not_needed_is_none_the_less_used(tmp_path):
+    deberta = models.ARCHITECTURES["deberta"]
+    narrow = {"hidden_size": 24, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 1}
+    tiny = models.stand_in(deberta.model, {**deberta.config, **narrow}, "eager")
+    tiny.save_pretrained(tmp_path)
+    study = models.load("deberta", checkpoint=tmp_path, attn_implementation="eager")
+    assert not study.is_stand_in
+    assert study.source == "the published checkpoint microsoft/deberta-v3-base"
+    table = "embeddings.word_embeddings.weight"
+    assert torch.equal(study.model.state_dict()[table], tiny.state_dict()[table])
+
+
 def test_a_folder_without_a_checkpoint_is_bad_input(tiny, tmp_path):
     with pytest.raises(files.BadInput, match=r"no config\.json"):
         models.load("wav2vec2", checkpoint=tmp_path)
