@@ -9,6 +9,7 @@ where the reference is. Which rows these are is read off the graph: the scores o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +304,7 @@ def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
             site.node.inputs[0].name if site.scores else _open(nodes.get(site.node.outputs[0].name))
             for site in graph.sites(graph.inline(ir.from_proto(proto)))
         ]
+        gc.collect()  # the model was in cycles, and holds the weights
         made = {name for node in proto.graph.node for name in node.output}
         wanted = [name for name in dict.fromkeys(names) if name in made]
         if wanted:
