@@ -32,11 +32,20 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "openvino", "n
 
 
 class Speedup(NamedTuple):
-    """Above 1 is faster than the reference. `low` and `high` bound the median, at 95 %."""
+    """Above 1 is faster than the reference. `low` and `high` bound the median, at 95 %.
+
+    As text, with what it tells: a gain, a loss, or nothing, where the interval holds 1.
+    """
 
     median: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        tells = "a gain" if self.median > 1 else "a loss"
+        if self.low <= 1 <= self.high:
+            tells = "cannot tell"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}) {tells}"
 
 
 def speedup(reference: np.ndarray, times: np.ndarray) -> Speedup:
@@ -204,6 +213,31 @@ class Result:
         return f"Speed-up against {self.reference} (1.00), median and 95 % interval: " + (
             "; ".join(parts) + "."
         )
+
+
+def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> "Figure":
+    """The speed-ups of `labels` with their intervals, by what `results` differ in, such as tokens.
+
+    `axis` names that. The tables of `results` have the same figures, for those who do not see it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.5), dpi=62, layout="constrained")
+    axes = figure.subplots()
+    at, (first, *_) = list(results), results.values()
+    for contender in (one for one in first.contenders if one.label in labels):
+        speedups = [one.speedups()[contender.label] for one in results.values()]
+        middle, low, high = np.array(speedups).T
+        look = LOOKS[contender.kind]
+        axes.fill_between(at, low, high, alpha=0.12, color=look.colour)
+        axes.plot(at, middle, f"{look.marker}-", color=look.colour, label=contender.label)
+    axes.axhline(1, color="grey", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, at)
+    axes.set_xlabel(axis)
+    axes.set_ylabel(f"speed-up against {first.reference}")
+    figure.legend(loc="outside upper left", frameon=False)
+    return figure
 
 
 def turns(labels: Sequence[str], number: int) -> list[str]:

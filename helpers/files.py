@@ -49,13 +49,15 @@ def session(
     spin: bool = False,
     profile_prefix: str = "",
     folder: Path | None = None,
+    write_to: Path | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU for a model: a file, or bytes with `folder` for its data.
 
     `optimise=False` turns off the fusions that a session makes by itself, so that what runs is what
     is in the file. `threads` is for one operator; 0 lets the runtime choose. Unless they `spin`,
     they rest after a run, so that a session does not slow down whatever runs next. With
-    `profile_prefix`, the session writes ONNX Runtime's own profile (JSON, microseconds) there.
+    `profile_prefix`, the session writes ONNX Runtime's own profile (JSON, microseconds) there, and
+    with `write_to`, the graph that it runs, which is for this machine alone.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised: printing them as well only makes noise
@@ -66,6 +68,8 @@ def session(
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
+    if write_to is not None:
+        options.optimized_model_filepath = str(write_to)
     if folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder))

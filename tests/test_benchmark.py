@@ -335,6 +335,24 @@ def test_plot_has_a_marker_for_each_contender():
     assert [dot.get_markerfacecolor() for dot in dots] == ["#000000", "white"]
 
 
+def test_a_speedup_says_what_it_tells():
+    assert str(benchmark.Speedup(1.5, 1.204, 1.8)) == "1.50 (1.20 to 1.80) a gain"
+    assert str(benchmark.Speedup(0.9, 0.8, 0.95)).endswith("a loss")
+    assert str(benchmark.Speedup(1.1, 1.0, 1.2)).endswith("cannot tell")
+
+
+def test_plot_by_length_has_a_line_for_each_contender_asked_for():
+    seconds = {"eager": [2.0, 4, 3], "ours": [1.0, 2, 2], "other": [3.0, 3, 3]}
+    results = {64: result(seconds), 128: result(seconds | {"ours": [2.0, 4, 3]})}
+    figure = benchmark.plot_by(results, ["ours"], "tokens")
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    [line] = [one for one in axes.lines if one.get_marker() not in NO_MARKER]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([64, 128], [2, 1])
+    assert (line.get_label(), axes.get_xlabel()) == ("ours", "tokens")
+    assert axes.get_ylabel() == "speed-up against eager"
+
+
 def test_plot_without_the_reference():
     answer = result({"ours": [1.0]}, {"eager": "it did not load"})
     against = dataclasses.replace(answer, reference="eager")

@@ -16,13 +16,21 @@ import torch
 import transformers
 from graphs import write
 
-from helpers import export, files
+from helpers import export, files, graph
 
 
 def test_check_returns_an_absolute_path(tmp_path, monkeypatch):
     write(tmp_path / "ein Modell 模型.onnx")
     monkeypatch.chdir(tmp_path)
     assert files.check("ein Modell 模型.onnx") == tmp_path / "ein Modell 模型.onnx"
+
+
+def test_a_session_writes_the_graph_that_it_runs(tmp_path):
+    path, running = write(tmp_path / "a.onnx"), tmp_path / "running.onnx"
+    files.session(path, write_to=running)
+    before, after = (graph.counts(graph.load(one)) for one in (path, running))
+    assert before["LayerNormalization"] == 2
+    assert after["SkipLayerNormalization"] == 1  # which the session fuses by itself
 
 
 def test_an_operator_of_onnxruntimes_own_in_the_domain_of_onnx(tmp_path):
