@@ -222,7 +222,7 @@ def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 3.5), dpi=62, layout="constrained")
+    figure = Figure(figsize=(6.5, 4.6), dpi=62, layout="constrained")
     axes = figure.subplots()
     at, (first, *_) = list(results), results.values()
     for contender in (one for one in first.contenders if one.label in labels):
@@ -236,7 +236,7 @@ def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> 
     axes.set_xticks(at, at)
     axes.set_xlabel(axis)
     axes.set_ylabel(f"speed-up against {first.reference}")
-    figure.legend(loc="outside upper left", frameon=False)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
