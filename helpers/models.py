@@ -231,8 +231,10 @@ def _stand_in(
 ) -> Study:
     changes = {} if layers is None else {"num_hidden_layers": layers}
     model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
-    source = f"a stand-in with the configuration of {architecture.repository} and seeded weights"
-    source = f"{source}, {model.config.num_hidden_layers} layers"
+    source = (
+        f"a stand-in with the configuration of {architecture.repository} and seeded weights,"
+        f" {model.config.num_hidden_layers} layers"
+    )
     return Study(model, None, source, is_stand_in=True)
 
 

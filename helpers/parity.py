@@ -304,7 +304,8 @@ def _scores(models: Sequence[Model]) -> ort.InferenceSession | None:
             site.node.inputs[0].name if site.scores else _open(nodes.get(site.node.outputs[0].name))
             for site in graph.sites(graph.inline(ir.from_proto(proto)))
         ]
-        gc.collect()  # the model was in cycles, and holds the weights
+        if path.stat().st_size > files.SLOW:
+            gc.collect()  # the model was in cycles, and holds the weights
         made = {name for node in proto.graph.node for name in node.output}
         wanted = [name for name in dict.fromkeys(names) if name in made]
         if wanted:
