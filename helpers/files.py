@@ -30,6 +30,8 @@ SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what 
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
 # ONNX Runtime's own operator in ONNX's domain, which its optimizer and onnxscript write (T5).
 OWN = "No Op registered for SimplifiedLayerNormalization "
+# A place in C++ source, which the signature of a function follows.
+_PLACE = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+:? ")
 DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
@@ -115,14 +117,40 @@ def _run(path: Path) -> None:
 
 def refused(path: Path, error: Exception) -> BadInput:
     """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
-    said = " ".join(str(error).split())
-    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
-    said = re.sub(r"/onnxruntime_src/\S+ .*?\) (?=[A-Z])", "", said)  # a place in its source
-    said = f"{said[:700]} …" if len(said) > 700 else said.rstrip(".; ")
     return BadInput(
         f"{path}: expected a model that ONNX Runtime {ort.__version__} can load, found:"
-        f" {said or type(error).__name__}; export it again, for this version"
+        f" {told(error, 700)}; export it again, for this version"
     )
+
+
+def told(error: object, limit: int = 300) -> str:
+    """What `error`, of ONNX Runtime or another library, says: one line of at most `limit`
+    characters, without its codes and the places in its C++ source."""
+    said = " ".join(str(error).split())
+    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
+    while place := _PLACE.search(said):
+        said = said[: place.start()] + said[_signature_end(said, place) :].lstrip()
+    said = said.strip(".; ") or type(error).__name__
+    return said if len(said) <= limit else f"{said[:limit].rstrip()} …"
+
+
+def _signature_end(said: str, place: re.Match) -> int:
+    """Where the function's signature ends that stands behind `place`, as compilers write it."""
+    if "\\" in place[0]:  # Microsoft's compiler writes the name alone
+        return place.end() + len(said[place.end() :].split(" ")[0])
+    end = start = said.find("(", place.end())
+    while start >= 0:
+        depth = 0
+        for end in range(start, len(said)):
+            depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(said[end], 0)
+            if not depth:
+                break
+        rest = said[end + 1 :]
+        # ``(int)::<lambda(int)>``, ``(int) const``, ``(int) const [with T = float]``
+        more = re.match(r"[^\s()\[\]][^()]*(?=\()|( const\b)? (?=\[with )| const\b", rest)
+        end += 1 + (more.end() if more else 0)
+        start = end if said[end : end + 1] in ("(", "[") else -1
+    return max(end, place.end())
 
 
 def _parsed(path: Path) -> onnx.ModelProto:

@@ -269,3 +269,31 @@ def test_saved_twice_from_other_folders_has_the_same_size(tmp_path, monkeypatch)
         sizes.append(files.size(path))
     assert sizes[0] == sizes[1] > path.stat().st_size
     assert files.session(path).run(None, {"x": np.ones(9, np.float32)})[0].sum() == 81
+
+
+SOURCE = "/onnxruntime_src/onnxruntime/core/providers/cpu/tensor/reshape_helper.h:91 "
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        f"[ONNXRuntimeError] : 1 : FAIL : {SOURCE}onnxruntime::Helper::Helper(const onnxruntime::A&,"
+        " std::function<void(int)>, bool) Sizes (2) differ.\n\n",
+        f"{SOURCE}onnxruntime::common::Status onnxruntime::Foo<T>::Compute(onnxruntime::B*) const"
+        " [with T = float; A = std::allocator<int(*)()>] Sizes (2) differ.",
+        f"{SOURCE}onnxruntime::A::f(int)::<lambda(int)>::operator()(int) const Sizes (2) differ; ",
+        f"Load model from /a b/c.onnx failed:{SOURCE}onnxruntime::f(int) Sizes (2) differ.",
+        r"D:\\a\\_work\\1\\s\\onnxruntime\\core\\a.cc:9 onnxruntime::A::f Sizes (2) differ",
+    ],
+)
+def test_what_onnxruntime_says_loses_the_place_in_its_source(raised):
+    prefix = "[ONNXRuntimeError] : 1 : FAIL : " if raised.startswith("Load") else ""
+    assert files.told(RuntimeError(prefix + raised)) == "Sizes (2) differ"
+
+
+def test_what_is_told_is_shortened_last():
+    place = f"{SOURCE}onnxruntime::f({'const onnxruntime::Tensor*, ' * 99}bool) "
+    assert files.told(f"Name:'a' {place}no", 20) == "Name:'a' no"
+    assert files.told("a" * 30, 20) == f"{'a' * 20} …"
+    assert files.told(f"a {place[:-9]}", 20) == "a"
+    assert files.told(ValueError()) == "ValueError"
