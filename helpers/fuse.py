@@ -25,11 +25,10 @@ from helpers.fusions import (
     gelu,
     guards,
     heads,
-    masks,
     multi_head,
     normalization,
+    repairs,
     residual,
-    rotary,
 )
 from helpers.quiet import quiet
 
@@ -181,8 +180,9 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
         convert(model)  # which names nodes that have no name
     yield f"the conversion to opset {OPSET}"
     passes.ShapeInferencePass()(model)
-    report.by_rows += rotary.repair(model)
-    report.by_definition += masks.repair(model)
+    repaired = repairs.repair(model)
+    report.by_rows += repaired.by_rows
+    report.by_definition += repaired.by_definition
     yield "the repair of what ONNX Runtime refuses"
     optimizer.fold_constants(model)
     if len([*model.graphs()]) == 1:  # in a branch, what it gives may be an Identity

@@ -277,8 +277,8 @@ SOURCE = "/onnxruntime_src/onnxruntime/core/providers/cpu/tensor/reshape_helper.
 @pytest.mark.parametrize(
     "raised",
     [
-        f"[ONNXRuntimeError] : 1 : FAIL : {SOURCE}onnxruntime::Helper::Helper(const onnxruntime::A&,"
-        " std::function<void(int)>, bool) Sizes (2) differ.\n\n",
+        f"[ONNXRuntimeError] : 1 : FAIL : {SOURCE}onnxruntime::Helper::Helper(const onnxruntime::A&"
+        ", std::function<void(int)>, bool) Sizes (2) differ.\n\n",
         f"{SOURCE}onnxruntime::common::Status onnxruntime::Foo<T>::Compute(onnxruntime::B*) const"
         " [with T = float; A = std::allocator<int(*)()>] Sizes (2) differ.",
         f"{SOURCE}onnxruntime::A::f(int)::<lambda(int)>::operator()(int) const Sizes (2) differ; ",

@@ -9,7 +9,7 @@ from graphs import write
 
 from helpers import feeds, files, fuse, graph, parity
 from helpers.__main__ import main
-from helpers.fusions import attention
+from helpers.fusions import attention, repairs
 
 HEAD = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -431,9 +431,13 @@ def test_rotary_caches_of_one_row_are_repaired(tmp_path):
     with pytest.raises(Exception, match="cos_cache"):
         files.session(path).run(None, arrays)
     np.savez(tmp_path / "feeds.npz", **arrays)
+    model = graph.load(path, weights=False)
+    assert repairs.needed(model) == ["r", "t"]
+    assert "with a batch of 1 alone: RotaryEmbedding r and 1 more" in repairs.notes(model)[0]
     done = fuse.fuse(path, tmp_path / "out.onnx", inputs=tmp_path / "feeds.npz")
     assert done.held
     assert len(done.repaired) == 2
+    assert repairs.needed(graph.load(tmp_path / "out.onnx")) == []
     assert files.session(tmp_path / "out.onnx").run(None, arrays)[0].shape == (3, 2, 5, 4)
 
 
@@ -441,6 +445,11 @@ def test_masks_of_one_row_are_repaired(tmp_path):
     """ONNX Runtime refuses them; compared with the operators' definitions."""
     path = tmp_path / "in.onnx"
     onnx.save(onnx.parser.parse_model(MASKED), path)
+    model = graph.load(path, weights=False)
+    assert repairs.needed(model) == ["y"]
+    assert "on no input with more than one query: Attention y has" in repairs.notes(model)[0]
+    assert graph.counts(model) == {"Attention": 1}  # left as it is
     done = fuse.fuse(path, tmp_path / "out.onnx")
     assert done.held
     assert len(done.repaired) == 1
+    assert repairs.needed(graph.load(tmp_path / "out.onnx")) == []

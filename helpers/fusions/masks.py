@@ -15,17 +15,23 @@ from helpers import graph
 from helpers.fusions.values import dim, size, tail
 
 
-def repair(model: ir.Model) -> list[str]:
-    """Expand masks of one row, in place; a line for each Attention that got it."""
-    repaired = []
+def of_one_row(model: ir.Model) -> list[ir.Node]:
+    """Each Attention whose mask has one row, and that may have more than one query."""
+    found = []
     for node in graph.nodes(model):
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if node.op_type != "Attention" or node.domain not in graph.STANDARD or mask is None:
             continue
-        query, key = node.inputs[:2]
-        if tail(mask)[0] != 1 or dim(query, -2) == 1:
-            continue
-        tape = ir.tape.Tape()
+        if tail(mask)[0] == 1 and dim(node.inputs[0], -2) != 1:
+            found.append(node)
+    return found
+
+
+def repair(model: ir.Model) -> list[str]:
+    """Expand masks of one row, in place; a line for each Attention that got it."""
+    repaired = []
+    for node in of_one_row(model):
+        tape, (query, key, _, mask) = ir.tape.Tape(), node.inputs[:4]
         node.replace_input_with(3, expanded(tape, mask, query, key))
         node.graph.insert_before(node, tape.nodes)
         repaired.append(f"{graph.name(node)}: mask of one row expanded to all queries")

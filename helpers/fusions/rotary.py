@@ -15,9 +15,9 @@ from helpers import graph
 from helpers.fusions.values import dim
 
 
-def repair(model: ir.Model) -> list[str]:
-    """Expand caches of batch 1, in place; a line for each RotaryEmbedding that got it."""
-    repaired, expanded = [], {}
+def of_one_batch(model: ir.Model) -> list[ir.Node]:
+    """Each RotaryEmbedding whose caches have a batch of 1, and whose rows may be more."""
+    found = []
     for node in graph.nodes(model):
         if node.op_type != "RotaryEmbedding" or node.domain not in graph.STANDARD:
             continue
@@ -25,10 +25,17 @@ def repair(model: ir.Model) -> list[str]:
         by_row = len(node.inputs) < 4 or node.inputs[3] is None
         if not by_row or any(dim(one, -3) not in (1, None) for one in caches):
             continue
-        if dim(rows, -len(rows.shape) if rows.shape else -4) == 1:
-            continue
-        tape = ir.tape.Tape()
-        for i, cache in enumerate(caches, 1):
+        if dim(rows, -len(rows.shape) if rows.shape else -4) != 1:
+            found.append(node)
+    return found
+
+
+def repair(model: ir.Model) -> list[str]:
+    """Expand caches of batch 1, in place; a line for each RotaryEmbedding that got it."""
+    repaired, expanded = [], {}
+    for node in of_one_batch(model):
+        rows, tape = node.inputs[0], ir.tape.Tape()
+        for i, cache in enumerate(node.inputs[1:3], 1):
             key = (cache, dim(rows, -4) or rows)
             if key not in expanded:
                 batch = tape.op("Shape", [rows], {"start": 0, "end": 1})
