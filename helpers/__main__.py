@@ -61,7 +61,10 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             f"{reference}: expected two models or more, found one; name what to compare it with"
         )
     cases, description = feeds.read(arguments.inputs, reference)
-    report = parity.compare(reference, candidates, cases, description)
+    tolerance = arguments.tolerance
+    report = parity.compare(reference, candidates, cases, description, tolerance=tolerance)
+    if arguments.save_inputs:
+        feeds.save(report.worst.feed, arguments.save_inputs)
     return DONE if report.held else FAILED, report.to_json(), str(report)
 
 
@@ -148,6 +151,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("models", type=Path, nargs="+", metavar="MODEL.onnx")
     compare.add_argument(
         "--inputs", type=Path, metavar="FEEDS.npz", help="one array for each input"
+    )
+    compare.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest difference allowed, for who knows it"
+    )
+    compare.add_argument(
+        "--save-inputs",
+        type=Path,
+        metavar="FEED.npz",
+        help="write the feed with the largest difference, for --inputs",
     )
     explain = add("explain", _explain, "why a fusion did not match, site by site")
     explain.add_argument("model", type=Path, metavar="MODEL.onnx")

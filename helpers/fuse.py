@@ -76,6 +76,7 @@ class Fused:
             *(f"left: {line}" for line in self.left),
             *(f"repaired: {line}" for line in self.repaired),
             f"inputs {self.inputs}",
+            self.parity.said(),
             str(self.parity),
         ]
         if not self.held:

@@ -6,7 +6,8 @@ import onnx.parser
 import pytest
 from graphs import write
 
-from helpers import feeds, files, sizes
+from helpers import feeds, files
+from helpers.feeds import sizes
 
 OPSET = '<ir_version: 8, opset_import: ["" : 17]>'
 
@@ -117,10 +118,19 @@ def test_a_mask_of_its_own_length_is_as_long_as_the_waveform(tmp_path):
 def test_an_image_is_large_enough_for_several_keys(tmp_path):
     cases, _ = infer(
         tmp_path,
-        """g (float[b,3,h,w] x, int64[b,k,l] mask) => (float[b,4,p,q] y) {
-          v = Conv <strides = [32, 32]> (x, kernel) m = Cast <to = 1> (mask)
-          s = ReduceSum (m) y = Add (v, s) }""",
+        """g (float[b,3,h,w] x, int64[b,k,l] mask) => (float[b,4,p] y) {
+          v0 = Conv <strides = [32, 32]> (x, kernel) v = Reshape (v0, flat)
+          m0 = Slice (mask, start, end, axes, steps) m1 = Reshape (m0, row) m = Cast <to = 9> (m1)
+          t = Transpose <perm = [0, 2, 1]> (v) s0 = MatMul (t, v) s = Where (m, s0, low)
+          p0 = Softmax (s) y0 = MatMul (p0, t) y = Transpose <perm = [0, 2, 1]> (y0) }""",
         kernel=np.ones((4, 3, 1, 1), np.float32),
+        flat=np.array([0, 4, -1]),
+        row=np.array([0, 1, -1]),
+        start=np.array([0, 0]),
+        end=np.array([2**31, 2**31]),
+        axes=np.array([1, 2]),
+        steps=np.array([32, 32]),
+        low=np.float32(-1e9),
     )
     assert max(shape[2] for shape in shapes(cases, "x")) > 3 * 32
     for feed in cases:

@@ -6,6 +6,7 @@ import pytest
 from graphs import write
 
 from helpers import feeds, files, parity
+from helpers.parity import rows
 
 # One layer of attention on ids, with a padding mask, in three ways; W is (8, 8), E (20, 8).
 HEAD = """<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
@@ -156,19 +157,14 @@ def test_an_image_beside_a_padded_text_is_compared(tmp_path):
 
 def test_scores_in_another_layout_leave_out_whole_samples_only():
     """Longformer's are (batch, rows, heads, window): the heads are not rows."""
-
-    class Scores:
-        def run(self, _, arrays):
-            values = np.zeros((2, 6, 4, 5), np.float32)
-            values[arrays["mask"] == 0] = np.finfo(np.float32).min
-            return [values]
-
     mask = np.array([[1] * 6, [1] * 4 + [0] * 2])
     for last, expected in ((mask[1], []), (0 * mask[1], [[False] * 4, [True] * 4])):
         mask[1] = last
-        feed = feeds.Feed("", {"mask": mask}, {"mask": mask == 1})
-        empty = parity._empty(feed, {"y": np.zeros((2, 6, 8))}, Scores())
-        assert [rows.tolist() for rows in empty] == ([expected] if expected else [])
+        masked = np.zeros((2, 6, 4), bool)
+        masked[mask == 0] = True
+        feed = feeds.Feed("", {"mask": mask}, {"mask": mask == 1}, masked=[masked])
+        empty = rows.empty(feed, {"y": np.zeros((2, 6, 8))})
+        assert [one.tolist() for one in empty] == ([expected] if expected else [])
 
 
 def test_what_was_passed_over_is_said(tmp_path):
@@ -177,7 +173,7 @@ def test_what_was_passed_over_is_said(tmp_path):
         """<ir_version: 8, opset_import: ["" : 17]>
         g (int64[b,s] mask) => (float[b,s] y) { m = Cast <to = 1> (mask) y = Div (m, m) }""",
     )
-    assert "passed over, since the reference gives NaN: short, padded" in compare(path, path).inputs
+    assert "passed over: short, padded on the right (the reference gives NaN)" in compare(path, path).inputs
 
 
 def test_a_candidate_that_does_not_load_has_not_held(tmp_path):

@@ -1,0 +1,46 @@
+"""One set of inputs for a model, and what is known of its rows."""
+
+import dataclasses
+from collections.abc import Container
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """One set of inputs by name.
+
+    `keys` has the masks of (batch, length) among them, by name: True where there is a key. `masked`
+    has, for each attention site, where a query has no key at all, (batch, heads, queries) or as the
+    graph folds these; None where that is not known. `fixed` are the inputs that say which rows
+    there are (masks of any kind, positions, lengths, flags). `inferred` ones may be passed over
+    where the reference does not run, or gives NaN.
+    """
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    keys: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    inferred: bool = False
+    masked: list[np.ndarray] | None = None
+    fixed: frozenset[str] = frozenset()
+
+    def changed(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`changed` of its arrays, but for masks and what else is `fixed`."""
+        return changed(self.arrays, rows, self.fixed | self.keys.keys())
+
+
+def changed(
+    arrays: dict[str, np.ndarray], rows: np.ndarray, kept: Container[str]
+) -> dict[str, np.ndarray]:
+    """The arrays with other values where `rows`, (batch, length), is True: ids and floats of that
+    batch and length, but those `kept`."""
+    arrays = dict(arrays)
+    for name, array in arrays.items():
+        if name in kept or array.shape[:2] != rows.shape or array.ndim > 3:
+            continue
+        arrays[name] = array = array.copy()
+        if array.dtype.kind == "f":
+            array[rows] *= -1  # a constant added would be lost in a LayerNormalization
+        else:  # 0 and 1 are in range of any table
+            array[rows] = array[rows] == 0
+    return arrays

@@ -1,0 +1,395 @@
+"""Inputs for a model, inferred from its graph.
+
+Inferred are what each input holds (`inputs`), the sense of masks (`masks`), the sizes (dimensions
+of one name have one size; what is open is tried until the model runs) and how long a feed must be
+to pass what the graph does at a distance (`reach`). Every branch that a flag chooses gets feeds of
+its own: short and long, padded on either side, with holes, without past and with it, and beyond
+each window. A feed that the model refuses is passed over, and named.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from helpers import files, graph
+from helpers.feeds import inputs, masks, reach
+from helpers.feeds.feed import Feed
+from helpers.feeds.inputs import Input
+from helpers.feeds.scores import Scores
+from helpers.feeds.sizes import BATCH, At, Sizes, size
+
+PATIENCE = 60  # seconds in which sizes are tried that fail
+QUICK, BEARABLE = 1.5, 8.0  # seconds of one run: to go beyond any window, and beyond a known one
+_SCALED_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
+
+Flags = dict[str, int]
+
+
+def infer(path: str | Path) -> tuple[list[Feed], str]:
+    """Feeds for the model at `path`, and in one line what was inferred.
+
+    Raises `files.BadInput` where an input cannot be inferred, or the model runs on nothing tried.
+    """
+    trial = _Trial(Path(path).absolute())
+    try:
+        return trial.feeds(), trial.description()
+    finally:
+        trial.scores.close()
+
+
+class _Trial:
+    """The model at `path`, and what was found out by running it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = graph.load(path, weights=False)
+        self.inputs = inputs.read(self.model, path)
+        for one in self.inputs:
+            if one.indexes or (one.dtype.kind not in "fiub" and not one.is_float):
+                raise files.BadInput(
+                    f"{path}: expected inputs that can be inferred (ids, masks, floats), found"
+                    f" {one}; give --inputs FEEDS.npz"
+                )
+        self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
+        self.sizes = Sizes(self.inputs)
+        try:
+            self.session = files.session(path)
+        except Exception as error:  # ONNX Runtime's own types
+            raise files.refused(path, error) from None
+        self.scores = Scores(path)
+        self.masks = [one for one in self.inputs if one.is_mask]
+        self.flags = [one for one in self.inputs if one.role == "flag"]
+        self.windows = reach.windows(self.model)
+        self.rows = reach.table(self.model)
+        operators = {node.op_type for node in graph.nodes(self.model)}
+        self.scaled_together = not operators.isdisjoint(_SCALED_TOGETHER)
+        self.reached = 0  # positions, in the longest feed
+        self.passed: list[str] = []  # feeds that are passed over, and why
+        self.notes: list[str] = []
+        self.made: list[Feed] = []
+
+    # ── Running ─────────────────────────────────────────────────────────────────────────────────
+
+    def arrays(self, at: At, padding: str = "no", flags: Flags | None = None) -> masks.Arrays:
+        """Seeded values for every input, of the sizes `at`; masks have `padding`."""
+        sizes, random = self.sizes.assign(at), np.random.default_rng(0)
+        arrays = {}
+        for one in self.inputs:
+            shape = tuple(size(dim, sizes) for dim in one.dims)
+            past = at.past if self.sizes.past else 0
+            values = _values(one, shape, at.token, past, random)
+            if one.is_mask:
+                values = masks.filled(one, shape, padding, past)
+            elif one.role == "flag":
+                values = np.full(shape, (flags or {}).get(one.name, 0))
+            arrays[one.name] = np.asarray(values).astype(one.dtype)
+        return arrays
+
+    def problem(self, at: At, flags: Flags, padding: str = "no") -> Exception | None:
+        """Why the model does not run on sizes `at`, or None."""
+        try:
+            self.session.run(None, self.arrays(at, padding, flags))
+        except Exception as error:  # ONNX Runtime's own types, or a size that cannot be
+            return error
+        return None
+
+    def seconds(self, at: At, flags: Flags) -> float:
+        start = time.perf_counter()
+        failed = self.problem(at, flags)
+        return float("inf") if failed else time.perf_counter() - start
+
+    # ── Feeds ───────────────────────────────────────────────────────────────────────────────────
+
+    def feeds(self) -> list[Feed]:
+        """All feeds that the model runs on, every combination of flags among them."""
+        smallest: list[tuple[Flags, At]] = []
+        problems: list[Exception] = []
+        for values in product(*[(0, 1)] * min(len(self.flags), 3)):
+            flags = dict(zip([one.name for one in self.flags], values, strict=False))
+            at = self._smallest(flags, problems)
+            if at is not None:
+                smallest.append((flags, at))
+            else:
+                self.notes.append(f"not run: {_flags(flags)}")
+        if not smallest:
+            raise self._refused(problems)
+        for flags, at in smallest:
+            self._find_senses(flags, at)
+        for flags, at in smallest:
+            prefix = f"{_flags(flags)}, " if flags else ""
+            for name, sizes, padding in self._variants(flags, at):
+                self._add(prefix + name, sizes, padding, flags)
+        if not self.made:
+            raise self._refused(problems)
+        for name, seen in self.scores.branches.items():
+            if len(seen) == 1 and not self._constant_condition(name):
+                branch = "else" if seen == {True} else "then"
+                self.notes.append(f"not run: the {branch} branch of {name}")
+        for window in self.windows:
+            if window >= self.reached:
+                self.notes.append(f"a window of {window} is not reached")
+        return self.made
+
+    def _smallest(self, flags: Flags, problems: list[Exception]) -> At | None:
+        """The first sizes that the model runs on."""
+        constants = [one for one in reach.written(self.model) if one <= 4096][:40]
+        constants += [one - 1 for one in constants if one > 2]  # without what a class token adds
+        start = time.monotonic()
+        for at in self.sizes.tries(constants):
+            failed = self.problem(at, flags)
+            if failed is None:
+                return at
+            problems.append(failed)
+            if time.monotonic() - start > PATIENCE:
+                break
+        return None
+
+    def _refused(self, problems: list[Exception]) -> files.BadInput:
+        """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
+        from helpers.fusions import repairs
+
+        listed = "; ".join(map(str, self.inputs))
+        furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))
+        needed = repairs.needed(self.model)
+        if needed:
+            return files.BadInput(
+                f"{self.path}: expected a model that ONNX Runtime runs, found that it refuses"
+                f" {needed[0]} on any input: {files.told(furthest)}; `python -m helpers fuse`"
+                " repairs that: compare what it writes"
+            )
+        if written := self._written(furthest):
+            return files.BadInput(
+                f"{self.path}: expected a model that runs on inputs inferred from its graph"
+                f" ({listed}), found {written}; export it again with dynamo=True, or give --inputs"
+                " FEEDS.npz of the size that was exported"
+            )
+        return files.BadInput(
+            f"{self.path}: expected a model that runs on inputs inferred from its graph ({listed}),"
+            f" found: {files.told(furthest)}; give --inputs FEEDS.npz"
+        )
+
+    def _written(self, error: Exception) -> str:
+        """What is said of a Reshape or Expand that fits one size alone; empty for another error."""
+        text = str(error)
+        if not re.search(r"running (Reshape|Expand) node", text) or not _node(error):
+            return ""
+        sizes = re.search(r"requested shape: ?\{([^}]*)\}", text)
+        return (
+            f"sizes that the exporter wrote into node {_node(error)}"
+            f" ({sizes[1] if sizes else files.told(error, 100)}), so that it fits one length only"
+        )
+
+    def _find_senses(self, flags: Flags, at: At) -> None:
+        """What the masks mean, as far as it shows with these flags."""
+        unknown = [one for one in self.masks if one.is_mask and not one.in_scores]
+        if not unknown:
+            return
+
+        def build() -> masks.Arrays:
+            return self.arrays(at, "no", flags)
+
+        def outputs(arrays: masks.Arrays) -> list[np.ndarray]:
+            return self.session.run(None, arrays)
+
+        masks.find_senses(unknown, self.scores, build, outputs)
+        self.masks = [one for one in self.masks if one.is_mask]
+
+    def _variants(self, flags: Flags, smallest: At) -> Iterator[tuple[str, At, str]]:
+        """The feeds to make, by name: sizes, and what the masks do."""
+
+        def runs(at: At) -> bool:
+            return self.problem(at, flags) is None
+
+        # The smallest signal proves little: convolutions may leave one frame of it: one key.
+        factors = (40 if self.sizes.waveform else 16 if self.sizes.image else 4, 4, 2, 1)
+        grown = [(f * smallest.signal, token) for f in factors for token in (17, smallest.token)]
+        larger = (dataclasses.replace(smallest, signal=s, token=t) for s, t in grown)
+        long = next((at for at in larger if runs(at)), smallest)
+        half = dataclasses.replace(smallest, signal=long.signal // 2)
+        short = half if runs(half) else smallest
+        single, more = dataclasses.replace(short, batch=1), dataclasses.replace(long, batch=3)
+        single = single if runs(single) else short
+        more = more if long.batch > 1 and runs(more) else long
+        kinds = set(self.sizes.kind.values())
+        if smallest.batch == 1 and BATCH in kinds:
+            self.notes.append("batch 1, since the model refuses a batch of 2")
+        if kinds & {"token", "signal"} and (long.token, long.signal) == (short.token, short.signal):
+            other = dataclasses.replace(
+                smallest, signal=2 * smallest.signal, token=smallest.token + 1
+            )
+            failed = self.problem(other, flags)
+            if failed is not None and (written := self._written(failed)):
+                self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
+        pairs = any(one.pairs for one in self.masks)
+        yield "short", single, "no"
+        yield ("long, causal" if pairs else "long"), more, "causal" if pairs else "no"
+        if self.masks:
+            yield "short, padded on the right", short, "right"
+            yield "long, padded on the left", more, "left"
+            yield "short, with holes", short, "holes"
+            yield "short, one sample padding altogether", short, "all"
+        if self.sizes.past:
+            padding = "left" if self.masks else "no"
+            yield "without past", dataclasses.replace(more, past=0), padding
+            yield "a past, one query", dataclasses.replace(more, past=5, token=1, apart=0), padding
+            yield "a past, several queries", dataclasses.replace(more, past=5, token=7), padding
+        yield from self._beyond(flags, more)
+
+    def _beyond(self, flags: Flags, long: At) -> Iterator[tuple[str, At, str]]:
+        """Feeds beyond each window that can be reached, as long as a run is bearable."""
+        kinds = set(self.sizes.kind.values())
+        if not kinds & {"token", "signal"}:
+            return
+        start = self._positions(long, flags)
+        spent = min(self.seconds(long, flags) for _ in range(2))
+
+        def predicted(length: int) -> float:
+            return spent * (length / start) ** (2 if length > 256 else 1.3)
+
+        wanted = reach.ENOUGH if not self.sizes.image else 0
+        if predicted(wanted) > QUICK:
+            near = [w + max(8, w // 8) for w in self.windows if w < reach.ENOUGH]
+            near = [w for w in near if w > start and predicted(w) < BEARABLE]
+            wanted = max(near, default=0)
+        if wanted <= start:
+            return
+        batch = 2 if long.batch > 1 else 1
+        padding = "left" if self.masks else "no"
+        by_token = "token" in kinds
+        most = reach.ENOUGH if self.rows is None else self.rows - long.past * self.sizes.past
+
+        def longer(length: int) -> At:
+            signal = -(-long.signal * length // start) if "signal" in kinds else long.signal
+            token = min(length, most) if by_token else long.token
+            return dataclasses.replace(long, batch=batch, token=token, signal=signal)
+
+        length = self._longest(longer, start, wanted, flags)
+        if length > start:
+            yield f"beyond {length - 1} positions", longer(length), padding
+        if self.sizes.past:
+            past = min(wanted, (self.rows or wanted + 3) - 3)
+            far = dataclasses.replace(long, batch=batch, token=3, apart=0)
+            past = self._longest(lambda p: dataclasses.replace(far, past=p), 0, past, flags)
+            if past > long.past:
+                yield f"a past of {past}", dataclasses.replace(far, past=past), padding
+
+    def _longest(self, longer, low: int, high: int, flags: Flags) -> int:
+        """The greatest length up to `high` that the model runs on: a table of positions may end."""
+        if self.problem(longer(high), flags) is None:
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.problem(longer(middle), flags) is None:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _positions(self, at: At, flags: Flags) -> int:
+        """How many keys there are at sizes `at`, in the site that has most."""
+        try:
+            masked = self.scores.masked(self.arrays(at, "no", flags)) if self.scores else []
+        except Exception:  # ONNX Runtime's own types
+            masked = []
+        kinds = set(self.sizes.kind.values())
+        counted = at.token + at.past * self.sizes.past if "token" in kinds else at.signal
+        return max([one.shape[-1] for one in masked if one.ndim], default=counted)
+
+    def _add(self, name: str, at: At, padding: str, flags: Flags) -> None:
+        """Make one feed, unless the model refuses it."""
+        if padding == "all" and self.scaled_together:
+            return  # one scale for a whole tensor: what has no key would move all others
+        if any(one.counted for one in self.masks) and padding in ("all", "holes"):
+            return  # keys are counted there, and none is no count
+        if any(feed.name == name for feed in self.made):
+            return
+        if at.batch > 1 and self.problem(at, flags, padding) is not None:
+            at = dataclasses.replace(at, batch=1)
+        arrays = self.arrays(at, padding, flags)
+        try:
+            self.session.run(None, arrays)
+            masked = self._masked(arrays)
+        except Exception as error:  # ONNX Runtime's own types
+            self.passed.append(f"{name} ({files.told(error, 160)})")
+            return
+        lacking = masked is not None and any(one.any() for one in masked)
+        if lacking and self.scaled_together:
+            self.passed.append(f"{name} (rows without a key would move the scale of all others)")
+            return
+        keys = {
+            one.name: arrays[one.name] == one.keep
+            for one in self.masks
+            if len(one.dims) == 2 and not one.pairs
+        }
+        roles = ("ids", "floats", "integers")
+        fixed = frozenset(one.name for one in self.inputs if one.role not in roles)
+        self.made.append(Feed(name, arrays, keys, True, masked, fixed))
+        self.reached = max(self.reached, self._length(at, masked))
+
+    def _masked(self, arrays: masks.Arrays) -> list[np.ndarray] | None:
+        """Where queries have no key; None where the graph does not tell."""
+        if not self.scores or not (self.masks or self.flags):
+            return None
+        masked = self.scores.masked(arrays)
+        self.keys = max([one.shape[-1] for one in masked if one.ndim], default=0)
+        return [one.all(axis=-1) for one in masked] or None
+
+    def _length(self, at: At, masked: list[np.ndarray] | None) -> int:
+        kinds = set(self.sizes.kind.values())
+        counted = at.token + at.past * self.sizes.past if "token" in kinds else at.signal
+        return self.keys if masked is not None else counted
+
+    def _constant_condition(self, name: str) -> bool:
+        """Whether the If of that name is decided by sizes alone, as TorchScript's Squeeze is."""
+        try:
+            node = graph.find(self.model, name)
+        except KeyError:
+            return True
+        return node.inputs[0] not in graph.from_input(self.model)
+
+    def description(self) -> str:
+        """What was inferred, in words that a user can check."""
+        parts = [one.described() for one in self.inputs]
+        first = self.inputs[0].name if self.inputs else ""
+        shapes = dict.fromkeys(str(feed.arrays[first].shape) for feed in self.made if first)
+        parts.append(f"{first} {', '.join(shapes)}")
+        if self.masks:
+            parts.append("padded not at all, right, left, with holes, altogether")
+        if self.passed:
+            parts.append(f"passed over: {'; '.join(self.passed)}")
+        return "inferred: " + "; ".join([*parts, *dict.fromkeys(self.notes)])
+
+
+def _flags(flags: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in flags.items())
+
+
+def _node(error: Exception) -> str:
+    """The name of the node at which ONNX Runtime stopped, or nothing."""
+    found = re.search(r"Name: ?'([^']*)'", str(error))
+    return found[1] if found else ""
+
+
+def _values(
+    one: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
+) -> np.ndarray:
+    """Seeded values for an input that is no mask and no flag."""
+    if one.role in ("floats", "cache"):
+        return random.normal(size=shape)
+    if one.role == "ids":
+        return random.integers(one.low, one.bound, size=shape)
+    if one.role == "integers":
+        return random.integers(0, 2, size=shape)
+    if one.role == "positions":
+        return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
+    length = token + (past if one.role in ("last", "total") else 0)
+    if one.role == "total":
+        return np.full(shape, length)
+    # The first sample is as long as all positions, the others are shorter.
+    lengths = np.maximum(length - np.arange(int(np.prod(shape))) * max(length // 3, 1), 1)
+    return lengths.reshape(shape) - (one.role == "last")

@@ -1,0 +1,310 @@
+"""What each input of a model holds, read off what the graph does with it.
+
+ids        rows of a table that they look up (Gather and its kin), within its bounds
+positions  what rotary embeddings turn into angles, or what is compared with positions
+flag       one value that decides which branch of an If runs
+lengths    how much of each sample is there, (batch,)
+total      how many positions there are, past ones included: one number
+mask       which keys a query may see; its sense is found later, by what it does to scores
+cache      keys or values of earlier steps
+integers   none of these: zeros and ones
+floats     none of these: normal numbers
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from helpers import files, graph
+
+NO_NAME = ("", "?", "None", "unk__")  # how exporters write that an axis has no name
+
+# What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
+_TABLES = {
+    "Gather": [(1, 0, "axis")],
+    "GatherElements": [(1, 0, "axis")],
+    "GatherBlockQuantized": [(1, 0, "gather_axis")],
+    "EmbedLayerNormalization": [(0, 2, None), (1, 4, None), (8, 3, None)],
+    "QEmbedLayerNormalization": [(0, 2, None), (1, 4, None)],
+}
+# Operators whose input of that number is a mask by the operator's own definition.
+MASK_INPUTS = {
+    ("", "Attention"): (3,),
+    (graph.MICROSOFT, "Attention"): (3, 5),
+    (graph.MICROSOFT, "MultiHeadAttention"): (4, 5),
+    (graph.MICROSOFT, "DecoderMaskedMultiHeadAttention"): (3, 4),
+    (graph.MICROSOFT, "EmbedLayerNormalization"): (7,),
+    (graph.MICROSOFT, "QEmbedLayerNormalization"): (7,),
+    (graph.MICROSOFT, "GroupQueryAttention"): (10,),
+}
+_SEQLENS, _TOTAL = 5, 6  # inputs of GroupQueryAttention: index of the last key, and how many
+_SHAPING = {
+    *("Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity"),
+    *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+_KEEPING_IDS = _SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
+_ROTATING = _SHAPING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
+_COMPARING = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_LOGICAL = _COMPARING | {"And", "Not", "Or", "Xor"}
+_ELEMENTWISE = graph.ELEMENTWISE | _LOGICAL
+_REDUCING = {"ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum"}
+
+
+@dataclasses.dataclass
+class Input:
+    """An input of the graph. A dimension is a size, or a name or an expression of names.
+
+    `role` is what it holds (see the module). Ids are from `low` to below `bound`. Of a mask,
+    `keep` and `drop` are the values that mark a key and none, and `pairs` says that its last two
+    axes are queries and keys (else its last are keys alone); `in_scores`, that it is seen there.
+    """
+
+    name: str
+    dtype: np.dtype
+    dims: list[int | str]
+    role: str = "floats"
+    low: int = 0
+    bound: int | None = None
+    indexes: bool = False  # whether it indexes something that is not a table
+    keep: float = 1
+    drop: float = 0
+    pairs: bool = False
+    in_scores: bool = False
+    counted: bool = False  # whether its keys are counted, and the count given to an operator
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.kind == "f" or self.dtype.name == "bfloat16"
+
+    @property
+    def is_mask(self) -> bool:
+        return self.role == "mask"
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to scores: zeros, and very low numbers."""
+        return self.is_mask and self.drop < -1
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} ({', '.join(map(str, self.dims))})"
+
+    def described(self) -> str:
+        """The input, and what is fed, in words that a user can check."""
+        if self.role == "ids":
+            low = f"from {self.low} " if self.low else ""
+            what = f"ids {low}below {self.bound}"
+        elif self.additive:
+            what = "additive mask (0 is a key; the lowest number, -inf and -1e4 are none)"
+        elif self.is_mask:
+            what = f"mask ({self.keep:g} is a key)"
+        else:
+            what = {
+                "flag": "flag, both values",
+                "lengths": "lengths",
+                "last": "index of the last key",
+                "total": "number of positions",
+                "cache": "cache, normal",
+                "integers": "integers 0 and 1",
+                "floats": "normal",
+                "positions": "positions",
+            }[self.role]
+        return f"{self} {what}"
+
+
+def read(model: ir.Model, path: Path) -> list[Input]:
+    """The inputs of `model`, which is the one at `path`, with the role of each.
+
+    Raises `files.BadInput` where one is no tensor of known type and rank.
+    """
+    found = []
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        if value.dtype is None or value.shape is None:
+            raise files.BadInput(
+                f"{path}: expected inputs that are tensors of known type and rank, found"
+                f" {value.name} ({value.type}); give --inputs FEEDS.npz"
+            )
+        found.append(Input(value.name, value.dtype.numpy(), _dims(value)))
+    paths = _score_paths(model)
+    for one in found:
+        value = next(v for v in model.graph.inputs if v.name == one.name)
+        one.role = _role(one, value, paths)
+    caches = [one for one in found if one.role == "floats" and len(one.dims) == 4]
+    if len(caches) > 1:  # one alone is an image
+        for one in caches:
+            one.role = "cache"
+    return found
+
+
+def _dims(value: ir.Value) -> list[int | str]:
+    """The sizes of the axes. One that is unknown, or -1, has a name of its own."""
+    dims: list[int | str] = []
+    for axis, dim in enumerate(value.shape):
+        text = str(dim) if isinstance(dim, int) else (dim.value or "")
+        unknown = text in NO_NAME or (text.lstrip("-").isdigit() and int(text) < 0)
+        text = f"{value.name}_{axis}" if unknown else text
+        dims.append(int(text) if text.isdigit() else text)
+    return dims
+
+
+def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) -> str:
+    _lookups(value, one)
+    if one.bound is not None and one.bound > one.low:
+        return "ids"
+    sinks = [*_sinks(value)]
+    small = all(dim == 1 for dim in one.dims)
+    if small and any(node.op_type == "If" for node, _ in sinks):
+        return "flag"
+    grouped = {at for node, at in sinks if node.op_type == "GroupQueryAttention"}
+    if one.is_float:
+        masks = len(one.dims) > 1 and any(
+            (node, at) in score_paths for node, at in _sinks(value, _SHAPING | _ELEMENTWISE)
+        )
+        named = "mask" in one.name and 1 < len(one.dims) < 4
+        return "mask" if masks or named else "floats"
+    if len(one.dims) < 2 or small:
+        if grouped & {_SEQLENS, _TOTAL}:
+            return "last" if _SEQLENS in grouped and one.dims else "total"
+        if one.dtype.kind == "b":
+            return "flag" if small else "integers"
+        if not one.dims:
+            return "positions" if _rotates(value) else "total"
+        return "lengths" if not _rotates(value) else "positions"
+    if _rotates(value):
+        return "positions"
+    one.counted = _SEQLENS in grouped
+    one_a_sample = len(one.dims) == 2 and one.dims[1] == 1
+    if one_a_sample and any(node.op_type in _COMPARING for node, _ in sinks):
+        return "lengths"
+    return "mask"
+
+
+def _lookups(origin: ir.Value, one: Input) -> None:
+    """Find the tables that an input looks up, and so the bounds of its ids.
+
+    What is followed is a·ids + b, for the numbers a and b that the graph has on the way: Keras adds
+    the table's rows to negative ids in a Where, RoBERTa's positions begin at 2.
+    """
+    queue, seen = [(origin, 1.0, 0.0, not one.is_float)], set()
+    while queue:
+        value, factor, offset, whole = queue.pop()
+        for node, at in value.uses():
+            rows = list(_looked_up(node, at)) if whole else []
+            for count in rows:
+                if count is None:
+                    one.indexes = True
+                    continue
+                bound = int(np.floor((count - 1 - offset) / factor)) + 1
+                one.bound = min(one.bound or bound, bound)
+                one.low = max(one.low, int(np.ceil(-offset / factor)))
+            if (
+                rows
+                or (node, at) in seen
+                or node.op_type not in _KEEPING_IDS | {"Add", "Sub", "Mul"}
+            ):
+                continue
+            seen.add((node, at))
+            if (node.op_type == "Where" and at == 0) or (node.op_type == "Gather" and at == 1):
+                continue
+            a, b = factor, offset
+            if node.op_type in ("Add", "Sub", "Mul"):
+                number = _number(node.inputs[1 - at])
+                if (number is None and one.is_float) or (node.op_type == "Sub" and at == 1):
+                    continue
+                if number is not None and node.op_type == "Mul":
+                    if number <= 0:
+                        continue
+                    a, b = a * number, b * number
+                elif number is not None:
+                    b += number if node.op_type == "Add" else -number
+                elif node.op_type == "Mul":
+                    continue
+            if node.op_type == "Mod" and at == 0:
+                continue  # within bounds by itself
+            integer = whole
+            if node.op_type == "Cast":
+                integer = not ir.DataType(node.attributes.get_int("to", 1)).is_floating_point()
+            queue += [(result, a, b, integer) for result in node.outputs]
+
+
+def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
+    """How many rows the tables have that `node` looks up by its input `at`; None: not known."""
+    for ids, table, axis in _TABLES.get(node.op_type, ()):
+        if ids != at or len(node.inputs) <= table or node.inputs[table] is None:
+            continue
+        shape = node.inputs[table].shape
+        which = node.attributes.get_int(axis, 0) if axis else 0
+        known = shape is not None and isinstance(shape[which], int)
+        yield shape[which] if known else None
+    if node.op_type == "GatherND" and at == 1:
+        shape, last = node.inputs[0].shape, node.inputs[1].shape
+        first = node.attributes.get_int("batch_dims", 0)
+        if shape is None or last is None or not isinstance(last[-1], int):
+            yield None
+        else:
+            yield from (
+                size if isinstance(size, int) else None for size in shape[first : first + last[-1]]
+            )
+    if node.op_type == "OneHot" and at == 0:
+        depth = _number(node.inputs[1])
+        yield None if depth is None else int(depth)
+    if node.op_type == "RotaryEmbedding":
+        table = {("", 3): 1, (graph.MICROSOFT, 1): 2}.get((node.domain, at))
+        if table is not None:
+            shape = node.inputs[table].shape
+            yield shape[0] if shape is not None and isinstance(shape[0], int) else None
+
+
+def _number(value: ir.Value | None) -> float | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or tensor.size != 1:
+        return None
+    return float(tensor.numpy().ravel()[0])
+
+
+_THROUGH = _SHAPING | _ELEMENTWISE | _REDUCING
+
+
+def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.Node, int]]:
+    """Every use of what is made of `origin` by the operators `through` alone: node and input."""
+    queue, seen = [origin], set()
+    while queue:
+        for node, at in queue.pop().uses():
+            yield node, at
+            if node.op_type in through and node not in seen:
+                seen.add(node)
+                queue.extend(node.outputs)
+
+
+def _rotates(value: ir.Value) -> bool:
+    """Whether the angles of rotary embeddings are made of an input: it holds positions."""
+    return any(
+        node.op_type in ("Cos", "RotaryEmbedding", "Sin") for node, _ in _sinks(value, _ROTATING)
+    )
+
+
+def _score_paths(model: ir.Model) -> set[tuple[ir.Node, int]]:
+    """Where something meets the scores of an attention site beside them: node, and input.
+
+    That is between the product of queries with keys and the Softmax, or at an operator's own mask.
+    """
+    found = set()
+    for site in graph.sites(model):
+        masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
+        found |= {(site.node, at) for at in masks}
+        if site.scores is None:
+            continue
+        below, queue = set(site.scores.outputs), [*site.scores.outputs]
+        while queue:
+            for user in queue.pop().consumers():
+                if user is site.node or user.op_type not in _SHAPING | _ELEMENTWISE:
+                    continue
+                found |= {(user, at) for at, v in enumerate(user.inputs) if v not in below}
+                fresh = [v for v in user.outputs if v not in below]
+                below.update(fresh)
+                queue += fresh
+    return found

@@ -1,0 +1,190 @@
+"""How long a feed must be: the windows, buckets and offsets that are written in a graph.
+
+Positions are what Range, CumSum and constants that count (0, 1, 2, …) give, and what is computed
+from them alone. A number that they are compared with, clipped to or shifted by before a comparison
+bounds a window; what a logarithm of distances ends at is the last bucket. A fault beyond it shows
+only where two positions are farther apart.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from helpers import graph
+
+ENOUGH = 1030  # positions beyond which no feed goes: above the windows of 1,024
+SMALLEST = 4  # a window below this is passed by any feed
+_COUNTING = {"CumSum", "Range"}
+_KEEPING = {
+    *(
+        "Abs",
+        "Add",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Concat",
+        "CumSum",
+        "Div",
+        "Expand",
+        "Flatten",
+        "Floor",
+    ),
+    *("Gather", "Identity", "Log", "Max", "Min", "Mul", "Neg", "Pad", "Reshape", "Round", "Sign"),
+    *("Slice", "Split", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
+}
+_COMPARING = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_SHIFTING = {"Add", "Sub"}
+_ROTATIONS = {  # operators with tables of sines: where the table is
+    (graph.MICROSOFT, "GroupQueryAttention"): 7,
+    (graph.MICROSOFT, "RotaryEmbedding"): 2,
+}
+
+
+def windows(model: ir.Model) -> list[int]:
+    """The windows, last buckets and offsets that the graph has, in positions, in order of size."""
+    positions = _positions(model)
+    found: set[int] = set()
+    for node in graph.nodes(model):
+        found |= {*_numbers(node, positions)}
+        local = node.attributes.get_int("local_window_size", -1)
+        found |= {local, *(_last_bucket(node, positions))}
+        found |= {node.attributes.get_int("left_window_size", -1)}
+    return sorted(one for one in found if SMALLEST <= one < 2**20)
+
+
+def _positions(model: ir.Model) -> set[ir.Value]:
+    """Values that hold positions, or are computed from positions and constants alone."""
+    held: set[ir.Value] = set()
+    for node in graph.nodes(model):
+        read = [value for value in node.inputs if value is not None]
+        counts = node.op_type in _COUNTING or (
+            node.op_type in ("Trilu", "EyeLike") and not held.isdisjoint(read)
+        )
+        if node.op_type == "Gather":
+            read = read[:1]  # what is looked up at positions are none
+        kept = node.op_type in _KEEPING and any(v in held or _counts(v) for v in read)
+        if counts or kept:
+            held.update(node.outputs)
+    return held
+
+
+def _counts(value: ir.Value) -> bool:
+    """Whether a constant counts: 0, 1, 2, … along its last axis, or its distances do."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or not 8 <= tensor.size <= 2**22 or not tensor.dtype.is_integer():
+        return False
+    if tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8):
+        return False
+    try:
+        array = tensor.numpy()
+    except Exception:  # left out, with the large weights
+        return False
+    row = array.reshape(-1, array.shape[-1])[0] if array.ndim else array
+    return row.size >= 8 and bool((np.abs(np.diff(row.astype(np.int64))) == 1).all())
+
+
+def _constant(value: ir.Value | None) -> float | None:
+    """The one number that a constant holds, or None."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type in ("Cast", "Identity", "Unsqueeze", "Reshape", "Expand"):
+        return _constant(node.inputs[0])
+    if node is not None and node.op_type == "Neg":
+        inner = _constant(node.inputs[0])
+        return None if inner is None else -inner
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size != 1:
+        return None
+    try:
+        number = float(tensor.numpy().ravel()[0])
+    except Exception:  # a string
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
+    """The numbers that `node` compares positions with, clips them to, or that shifted them."""
+    inputs = [value for value in node.inputs if value is not None]
+    if node.op_type in ("Clip", "Max", "Min") and not positions.isdisjoint(inputs):
+        yield from (abs(round(c)) for c in map(_constant, inputs) if c is not None)
+    if node.op_type == "Trilu" and len(inputs) > 1:
+        shift = _constant(inputs[1])
+        yield from () if shift is None else (abs(round(shift)),)
+    if node.op_type not in _COMPARING or positions.isdisjoint(inputs):
+        return
+    for value in inputs:
+        number = _constant(value)
+        if number is not None:
+            yield abs(round(number))
+        yield from _shifts(value, positions)
+
+
+def _shifts(value: ir.Value, positions: set[ir.Value]) -> Iterator[int]:
+    """The numbers added to positions on the way to `value`."""
+    queue, seen = [value], set()
+    while queue:
+        value = queue.pop()
+        node = value.producer()
+        if value in seen or node is None or value not in positions:
+            continue
+        seen.add(value)
+        if node.op_type in _SHIFTING:
+            yield from (abs(round(c)) for c in map(_constant, node.inputs) if c is not None)
+        queue += [one for one in node.inputs if one is not None]
+
+
+def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
+    """Where buckets that grow as the logarithm of the distance end: a·exp(c).
+
+    T5 and DeBERTa write Mul(Div(Log(Div(distance, a)), c), buckets) with c = log(last / a).
+    """
+    if node.op_type != "Log" or node.outputs[0] not in positions:
+        return
+    start, above = 1.0, node.inputs[0].producer()
+    if above is not None and above.op_type in ("Div", "Mul"):
+        factor = next((c for c in map(_constant, above.inputs) if c), None)
+        start = start if factor is None else factor if above.op_type == "Div" else 1 / factor
+    for user in node.outputs[0].consumers():
+        factor = next((c for c in map(_constant, user.inputs) if c), None)
+        if factor and user.op_type in ("Div", "Mul"):
+            length = factor if user.op_type == "Div" else 1 / factor
+            if 0 < length < 20:
+                yield math.ceil(start * math.exp(length))
+
+
+def table(model: ir.Model) -> int | None:
+    """The rows of the smallest table of sines whose operator does not look whether it ends."""
+    rows = []
+    for node in graph.nodes(model):
+        at = _ROTATIONS.get((node.domain, node.op_type))
+        value = node.inputs[at] if at is not None and len(node.inputs) > at else None
+        if value is not None and value.shape is not None and isinstance(value.shape[0], int):
+            rows.append(value.shape[0])
+    return min(rows, default=None)
+
+
+def written(model: ir.Model) -> dict[int, list[ir.Node]]:
+    """The sizes above 1 that constants give to Reshape and Expand, and to which nodes: one may be a
+    length that the exporter wrote into the graph. Most frequent first."""
+    found: dict[int, list[ir.Node]] = {}
+    for node in graph.nodes(model):
+        if node.op_type in ("Reshape", "Expand"):
+            for size in {*_sizes(node.inputs[1])}:
+                if size > 1:
+                    found.setdefault(size, []).append(node)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _sizes(shape: ir.Value | None) -> Iterator[int]:
+    """The sizes in a shape that are constants, if it is put together of several."""
+    node = shape.producer() if shape is not None else None
+    if node is not None and node.op_type in ("Concat", "Unsqueeze", "Cast", "Identity"):
+        for value in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
+            yield from _sizes(value)
+        return
+    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    if tensor is not None and 0 < tensor.size < 16 and tensor.dtype.is_integer():
+        yield from (int(one) for one in tensor.numpy().ravel())

@@ -1,0 +1,104 @@
+"""Inputs for a model, read from a file."""
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from helpers import files, graph
+from helpers.feeds import inputs
+from helpers.feeds.feed import Feed
+from helpers.feeds.inferring import infer
+from helpers.feeds.inputs import Input
+from helpers.feeds.scores import Scores
+
+
+def read(npz: str | Path | None, path: str | Path) -> tuple[list[Feed], str]:
+    """What `load` gives, or where there is no file `npz`, what `infer` does."""
+    return load(npz, path) if npz else infer(path)
+
+
+def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
+    """The feed in the file `npz`, an array for each input of the model, and a description.
+
+    Raises `files.BadInput` on a file that is none, and on names, types, ranks or fixed sizes that
+    are not the model's, and ids outside of the table that they index.
+    """
+    npz, path = Path(npz), Path(path).absolute()
+    arrays = _arrays(npz)
+    model = graph.load(path, weights=False)
+    wanted = inputs.read(model, path)
+    names = [one.name for one in wanted]
+    if set(arrays) != set(names):
+        raise files.BadInput(
+            f"{npz}: expected arrays {', '.join(names)}, found {', '.join(arrays) or 'none'};"
+            f" name them as the inputs of {path.name}"
+        )
+    _check(npz, wanted, arrays)
+    masks = [one for one in wanted if one.is_mask]
+    masked = None
+    if masks:
+        with closing(Scores(path)) as scores:
+            masked = _masked(scores, arrays)
+    keys = {
+        one.name: arrays[one.name] != 0
+        for one in masks
+        if len(one.dims) == 2 and arrays[one.name].dtype.kind != "b" and not one.is_float
+    }
+    fixed = frozenset(one.name for one in wanted if one.role not in ("ids", "floats", "integers"))
+    feed = Feed(npz.name, arrays, keys, masked=masked, fixed=fixed)
+    return [feed], f"from {npz.name}: {', '.join(map(str, wanted))}"
+
+
+def _masked(scores: Scores, arrays: dict[str, np.ndarray]) -> list[np.ndarray] | None:
+    """Where queries have no key; None where the model does not tell, or does not run."""
+    try:
+        return [one.all(axis=-1) for one in scores.masked(arrays)] or None
+    except Exception:  # ONNX Runtime's own types: whoever compares will say that it does not run
+        return None
+
+
+def _arrays(npz: Path) -> dict[str, np.ndarray]:
+    try:
+        with npz.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("one array, without a name")
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # numpy, zipfile, zlib and ast raise their own
+        raise files.BadInput(
+            f"{npz}: expected an .npz file of arrays, found: {error}; write it with numpy.savez"
+        ) from None
+
+
+def _check(npz: Path, wanted: list[Input], arrays: dict[str, np.ndarray]) -> None:
+    sizes: dict[str, tuple[int, str]] = {}  # by name of a dimension, and whose it is
+    for one in wanted:
+        array = arrays[one.name]
+        found = f"found {array.dtype} {array.shape}"
+        fits = array.dtype == one.dtype and array.ndim == len(one.dims)
+        pairs = list(zip(one.dims, array.shape, strict=False))
+        if not fits or any(isinstance(dim, int) and dim != length for dim, length in pairs):
+            raise files.BadInput(f"{npz}: expected {one}, {found}; change the array")
+        for dim, length in pairs:
+            if isinstance(dim, int):
+                continue
+            known, whose = sizes.setdefault(dim, (length, one.name))
+            if known != length:
+                raise files.BadInput(
+                    f"{npz}: expected {dim} of one size, found {known} in {whose} and {length} in"
+                    f" {one.name}; change the arrays"
+                )
+        if not array.size and one.role != "cache":  # which may be empty
+            raise files.BadInput(f"{npz}: expected values for {one}, {found}; change the array")
+        if one.role == "ids" and array.size and not 0 <= array.min() <= array.max() < one.bound:
+            raise files.BadInput(
+                f"{npz}: expected {one.name} from 0 to {one.bound - 1}, the rows of the table that"
+                f" it indexes, found {array.min()} to {array.max()}; change the ids"
+            )
+
+
+def save(feed: Feed, npz: str | Path) -> None:
+    """Write `feed` to the file `npz`, to be read by `load`; whole or not at all."""
+    with files.replacing(npz) as draft, draft.open("wb") as file:
+        np.savez(file, **feed.arrays)

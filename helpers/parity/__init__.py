@@ -1,0 +1,6 @@
+"""Do two models compute the same? Compare their outputs over several inputs, padding included."""
+
+from helpers.parity.comparing import Candidate, Report, compare
+from helpers.parity.runner import Model, Outputs
+
+__all__ = ["Candidate", "Model", "Outputs", "Report", "compare"]

@@ -1,0 +1,124 @@
+"""How far two right graphs may differ: by the types they compute in, and by their own noise."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from helpers import files, graph
+from helpers.feeds import Feed
+from helpers.parity.runner import Outputs
+
+# By the least precise type that is computed in, relative to the output's standard deviation where
+# that is below 1. fp32: what another order of summation gives in a few dozen layers stays well
+# below. fp16 and bf16 have 11 and 8 bits of mantissa where fp32 has 24, of which a few dozen layers
+# lose some more. Integers and booleans are compared exactly.
+TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+ORDER = ("float64", "float32", "float16", "bfloat16")  # from the most precise
+ULPS = 16  # of an output's largest number: what another order of summation may cost at its end
+SCALED = 1.05  # a fault that must show in an 8-bit graph: scores that are 5 % off
+SITES = 6  # at most, of which that is tried
+
+_NOT_COMPUTING = {
+    *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather"),
+    *("Identity", "Pad", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose"),
+    *("Unsqueeze", "Where", "DequantizeLinear"),
+}
+_QUANTISED = {
+    *("ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger"),
+    *("MatMulIntegerToFloat", "QAttention", "QuantizeLinear"),
+}
+
+
+def computes_in(path: Path) -> str:
+    """The least precise float type that the model at `path` computes in, by name."""
+    model = graph.load(path, weights=False)
+    types: dict[ir.Value, ir.DataType | None] = {}
+    least = "float32"
+    for node in graph.nodes(model):
+        read = [types.get(one) or one.dtype for one in node.inputs if one is not None]
+        floats = [one for one in read if one is not None and one.is_floating_point()]
+        made = floats[0] if floats else None
+        if node.op_type == "Cast":
+            made = ir.DataType(node.attributes.get_int("to", 1))
+        for value in node.outputs:
+            types[value] = value.dtype or made
+            name = types[value].name.lower() if types[value] is not None else ""
+            name = {"float": "float32", "double": "float64"}.get(name, name)
+            computing = node.op_type not in _NOT_COMPUTING and name in ORDER
+            if computing and ORDER.index(name) > ORDER.index(least):
+                least = name
+    return least
+
+
+def quantised(path: Path) -> bool:
+    """Whether the model at `path` computes in 8 bits anywhere."""
+    return any(
+        node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
+        for node in graph.nodes(graph.load(path, weights=False))
+    )
+
+
+def spread(values: np.ndarray) -> float:
+    """What an output is measured by: its standard deviation, or if it is constant, its size."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size:
+        return 1.0
+    return float(finite.std()) or float(np.abs(finite).max())
+
+
+def allowed(values: np.ndarray, base: float) -> float:
+    """The tolerance for an output that has `values` where it is compared, without noise."""
+    if values.dtype.kind != "f" or not values.size:
+        return base if values.dtype.kind == "f" else 0.0
+    finite = values[np.isfinite(values)]
+    largest = float(np.abs(finite).max(initial=0))
+    return max(base * min(1.0, spread(values)), ULPS * float(np.finfo(values.dtype).eps) * largest)
+
+
+def with_scores_off(path: Path, feeds: list[tuple[Feed, Outputs, Outputs]]) -> dict[str, float]:
+    """By how much the outputs of the model at `path` differ if the scores of one site are 5 % off,
+    by name, relative to their spread: for the site where it shows least. Empty where that cannot
+    be tried."""
+    proto = onnx.load(path, load_external_data=False)
+    made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
+    sites = [
+        site
+        for site in graph.sites(graph.inline(ir.from_proto(proto)))
+        if site.node.outputs[0].name in made and site.node.op_type in ("Softmax", "Attention")
+    ]
+    least: dict[str, float] = {}
+    for site in sites[:: -(-len(sites) // SITES) or 1]:
+        shown = dict.fromkeys(feeds[0][1], 0.0)
+        try:
+            session = files.session(
+                _scaled(proto, made[site.node.outputs[0].name]), optimise=False, folder=path.parent
+            )
+            names = [one.name for one in session.get_outputs()]
+            for feed, outputs, compared in feeds:
+                found = dict(zip(names, session.run(names, feed.arrays), strict=True))
+                for name, out in outputs.items():
+                    where = compared[name]
+                    if out.dtype.kind == "f" and where.any():
+                        gap = np.abs(out[where].astype(float) - found[name][where].astype(float))
+                        share = float(np.nanmax(gap)) / (spread(out[where]) or 1)
+                        shown[name] = max(shown[name], share)
+        except Exception:  # ONNX Runtime's own types: the product may be of another type
+            continue
+        for name, share in shown.items():
+            least[name] = min(least.get(name, np.inf), share)
+    return least
+
+
+def _scaled(proto: onnx.ModelProto, at: int) -> bytes:
+    """The model with what goes into its node number `at` (scores, or queries) times `SCALED`."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    node = changed.graph.node[at]
+    factor = onnx.numpy_helper.from_array(np.array(SCALED, np.float32), "scores_off_factor")
+    changed.graph.initializer.append(factor)
+    scaled = onnx.helper.make_node("Mul", [node.input[0], factor.name], ["scores_off"])
+    node.input[0] = "scores_off"
+    changed.graph.node.insert(at, scaled)
+    return changed.SerializeToString()

@@ -1,0 +1,111 @@
+"""Which rows are compared: those that have at least one key.
+
+A row that has none (it is padding altogether; or the first rows of a causal model, padded on the
+left; or the window of a row holds padding alone) has no single right value: kernels give NaN, zero,
+or the mean of the values. Which rows these are is read off the scores of the attention sites, or
+where a graph does not give these out, off the masks.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import numpy as np
+
+from helpers.feeds import Feed
+from helpers.feeds.scores import Scores
+from helpers.parity.runner import Model, Outputs
+
+
+def with_masked(feeds: Sequence[Feed], models: Sequence[Model]) -> list[Feed]:
+    """The feeds, each with where its queries have no key, if the first of `models` that is a file
+    with attention sites can tell."""
+    unknown = [feed for feed in feeds if feed.masked is None and feed.keys]
+    if not any(not keys.all() for feed in unknown for keys in feed.keys.values()):
+        return [*feeds]
+    for model in models:
+        if callable(model):
+            continue
+        with closing(Scores(model)) as scores:
+            if scores:
+                return [_known(feed, scores) if feed in unknown else feed for feed in feeds]
+    return [*feeds]
+
+
+def _known(feed: Feed, scores: Scores) -> Feed:
+    try:
+        masked = [one.all(axis=-1) for one in scores.masked(feed.arrays)]
+    except Exception:  # ONNX Runtime's own types: the model does not run on it, which is told later
+        return feed
+    return Feed(feed.name, feed.arrays, feed.keys, feed.inferred, masked or None, feed.fixed)
+
+
+def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
+    """Where rows have no key, as (batch, rows) for each number of rows there is.
+
+    Where that is not known of a feed, every row that is padding itself is taken for one, which
+    leaves out more than it must.
+    """
+    if feed.masked is None:
+        return [~keys for keys in feed.keys.values() if not keys.all()]
+    batch = _batch(feed, outputs)
+    lengths = {a.shape[1] for a in (*feed.arrays.values(), *outputs.values()) if a.ndim in (2, 3)}
+    found: dict[int, np.ndarray] = {}
+    for masked in feed.masked:  # (batch, heads, rows) or (batch · heads, rows)
+        rows = masked.shape[-1] if masked.ndim else 0
+        if masked.size and len(masked) % batch == 0:
+            masked = masked.reshape(batch, -1, rows)
+            if rows in lengths:
+                masked = masked.any(axis=1)
+            else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
+                masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
+            found[rows] = found.get(rows, False) | masked
+    for keys in feed.keys.values():  # scores tell no longer where their maximum was taken off
+        padding = ~keys.any(axis=1)
+        for rows, masked in found.items():
+            if len(masked) == len(padding):
+                found[rows] = masked | padding[:, None]
+    return [masked for masked in found.values() if masked.any()]
+
+
+def _batch(feed: Feed, outputs: Outputs) -> int:
+    """The size of a batch: the masks', or what most inputs and outputs begin with."""
+    for keys in feed.keys.values():
+        return len(keys)
+    first = [a.shape[0] for a in (*outputs.values(), *feed.arrays.values()) if a.ndim > 1]
+    return max(set(first), key=first.count) if first else 1
+
+
+def kept(
+    run: Callable[[Outputs], Outputs], feed: Feed, outputs: Outputs, empty: list[np.ndarray]
+) -> Outputs:
+    """For each output, True where it is compared.
+
+    Left out are the rows that are `empty` in outputs (batch, rows, …), in keys and values that are
+    given out (batch, heads, rows, …), samples that are empty altogether, and in any other output
+    what changes with the inputs there. An output that does not depend on inputs of that length at
+    all, such as the image's beside a padded text, is compared in full.
+    """
+    compared = {name: np.ones(out.shape, bool) for name, out in outputs.items()}
+    for rows in empty:
+        batch, number = rows.shape
+        if number not in {a.shape[1] for a in feed.arrays.values() if a.ndim > 1}:
+            changed, known = outputs, False
+        else:
+            changed = run(feed.changed(rows))
+            others = feed.changed(np.ones_like(rows))
+            known = any(others[name] is not feed.arrays[name] for name in others)
+        moved = run(others) if known else {}
+        for name, out in outputs.items():
+            if known and np.array_equal(out, moved[name]):
+                continue
+            if out.ndim and len(out) == batch:
+                compared[name][rows.all(axis=1)] = False
+            if out.shape[:2] == rows.shape and out.ndim > 2:
+                compared[name][rows] = False
+            elif out.ndim == 3 and out.shape[:2] == rows.shape[::-1]:  # rows before the batch
+                compared[name][rows.T] = False
+            elif out.ndim == 4 and len(out) == batch and out.shape[2] >= number:
+                compared[name][:, :, -number:] &= ~rows[:, None, :, None]
+            elif known:
+                compared[name] &= (out == changed[name]) | ~np.isfinite(changed[name])
+    return compared
