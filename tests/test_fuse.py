@@ -266,7 +266,7 @@ def test_a_bias_in_another_layout_is_expanded_where_it_must_be(tmp_path, rows, e
     }"""
     path = write(tmp_path / "in.onnx", text.replace("ROWS", rows))
     done = fuse.fuse(path, tmp_path / "out.onnx")
-    assert (done.held, done.fused) == (True, 1)
+    assert (done.held, done.fused) == (True, 1), str(done)
     made = graph.counts(graph.load(tmp_path / "out.onnx"))
     assert made.get("Expand", 0) == expands
 
@@ -276,7 +276,7 @@ def test_weights_that_are_read_elsewhere(tmp_path):
     way = {"after": "w = Identity (p) seen_ = ReduceMean <axes = [1], keepdims = 0> (p)"}
     path = source(tmp_path, way | {"more": ", float[batch,length,length] seen_"})
     done = fuse.fuse(path, tmp_path / "out.onnx")
-    assert (done.held, done.fused) == (True, 1)
+    assert (done.held, done.fused) == (True, 1), str(done)
     assert "Softmax" not in graph.counts(graph.load(tmp_path / "out.onnx"))
 
 
@@ -290,7 +290,7 @@ def test_keys_that_are_shared(tmp_path):
     narrow = np.random.default_rng(1).normal(size=(8, 4)).astype(np.float32)
     text = body(**way)
     done = fuse.fuse(write(tmp_path / "in.onnx", text, narrow=narrow), tmp_path / "out.onnx")
-    assert (done.held, done.fused) == (True, 1)
+    assert (done.held, done.fused) == (True, 1), str(done)
 
 
 def test_a_learned_query(tmp_path):
@@ -298,7 +298,7 @@ def test_a_learned_query(tmp_path):
     asked = np.random.default_rng(1).normal(size=(1, 2, 3, 4)).astype(np.float32)
     text = body(**way).replace("float[batch,length,8] y", "float[batch,3,8] y")
     done = fuse.fuse(write(tmp_path / "in.onnx", text, asked=asked), tmp_path / "out.onnx")
-    assert (done.held, done.fused) == (True, 1)
+    assert (done.held, done.fused) == (True, 1), str(done)
 
 
 def test_a_site_in_a_branch(tmp_path):

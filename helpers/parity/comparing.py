@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OPTIMISED = 3  # times its own noise that an 8-bit graph may differ once sessions optimise it
+GROWN = 8  # times what scores rounded otherwise change, that another order of summation may
 CAUGHT = 0.5  # of what scores 5 % off change: the most that noise may widen a tolerance to
 
 
@@ -228,6 +229,7 @@ class _Judge:
         self.eight_bits = plain.path is not None and precision.quantised(plain.path)
         self.noise: dict[str, float] = {}
         self.cap: dict[str, float] = {}
+        self.rounding: dict[str, float] | None = None
         if plain.path is not None and tolerance is None:
             self._measure_noise()
 
@@ -314,6 +316,8 @@ class _Judge:
             candidate.left_out_diff = max(candidate.left_out_diff, outside.max(initial=0.0))
             if not np.isfinite(array[np.isfinite(wanted) & ~where]).all():
                 reason = f"{name} is not finite in a row without a key: {feed.name}"
+        if tolerance < difference <= self._rounding(candidate, name, wanted[where]):
+            tolerance = self._rounding(candidate, name, wanted[where])
         if reason or not difference <= tolerance:
             candidate.held = False
         candidate.reason = candidate.reason or reason
@@ -336,6 +340,19 @@ class _Judge:
         if times == 1 and name in self.cap:
             noise = min(noise, CAUGHT * self.cap[name] * precision.spread(values))
         return max(least, noise)
+
+
+    def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
+        """What rounding of the scores may grow to in the output `name`, where its spread is above
+        1: at most what the tolerance is, relative to that. Measured when it is first asked for."""
+        spread = precision.spread(values)
+        if self.plain.path is None or self.tolerance is not None or not spread > 1:
+            return 0.0
+        if self.rounding is None:
+            tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
+            self.rounding = precision.with_scores_rounded(self.plain.path, tried)
+        grown = GROWN * self.rounding.get(name, 0.0)
+        return spread * min(grown, precision.TOLERANCE[candidate.precision])
 
 
 def _listed(inputs: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ ORDER = ("float64", "float32", "float16", "bfloat16")  # from the most precise
 ULPS = 16  # of an output's largest number: what another order of summation may cost at its end
 SCALED = 1.05  # a fault that must show in an 8-bit graph: scores that are 5 % off
 SITES = 6  # at most, of which that is tried
+ROUNDED = 1 + 2**-21  # what scores are off by that were summed in another order
 
 _NOT_COMPUTING = {
     *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather"),
@@ -77,48 +78,65 @@ def allowed(values: np.ndarray, base: float) -> float:
     return max(base * min(1.0, spread(values)), ULPS * float(np.finfo(values.dtype).eps) * largest)
 
 
-def with_scores_off(path: Path, feeds: list[tuple[Feed, Outputs, Outputs]]) -> dict[str, float]:
+Tried = list[tuple[Feed, Outputs, Outputs]]  # feeds, what is given for them, where it is compared
+
+
+def with_scores_off(path: Path, tried: Tried) -> dict[str, float]:
     """By how much the outputs of the model at `path` differ if the scores of one site are 5 % off,
     by name, relative to their spread: for the site where it shows least. Empty where that cannot
     be tried."""
+    proto, sites = _sites(path)
+    every = -(-len(sites) // SITES) or 1
+    shown = [_shown(path, _scaled(proto, [site], SCALED), tried) for site in sites[::every]]
+    names = {name for one in shown for name in one}
+    return {name: min(one[name] for one in shown if name in one) for name in names}
+
+
+def with_scores_rounded(path: Path, tried: Tried) -> dict[str, float]:
+    """The same, if all scores are off by what they may be rounded by: how far rounding grows."""
+    proto, sites = _sites(path)
+    return _shown(path, _scaled(proto, sites, ROUNDED), tried) if sites else {}
+
+
+def _sites(path: Path) -> tuple[onnx.ModelProto, list[int]]:
+    """The model, and the places of its nodes whose first input is scores, or queries."""
     proto = onnx.load(path, load_external_data=False)
     made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
-    sites = [
-        site
+    found = [
+        made[site.node.outputs[0].name]
         for site in graph.sites(graph.inline(ir.from_proto(proto)))
         if site.node.outputs[0].name in made and site.node.op_type in ("Softmax", "Attention")
     ]
-    least: dict[str, float] = {}
-    for site in sites[:: -(-len(sites) // SITES) or 1]:
-        shown = dict.fromkeys(feeds[0][1], 0.0)
-        try:
-            session = files.session(
-                _scaled(proto, made[site.node.outputs[0].name]), optimise=False, folder=path.parent
-            )
-            names = [one.name for one in session.get_outputs()]
-            for feed, outputs, compared in feeds:
-                found = dict(zip(names, session.run(names, feed.arrays), strict=True))
-                for name, out in outputs.items():
-                    where = compared[name]
-                    if out.dtype.kind == "f" and where.any():
-                        gap = np.abs(out[where].astype(float) - found[name][where].astype(float))
-                        share = float(np.nanmax(gap)) / (spread(out[where]) or 1)
-                        shown[name] = max(shown[name], share)
-        except Exception:  # ONNX Runtime's own types: the product may be of another type
-            continue
-        for name, share in shown.items():
-            least[name] = min(least.get(name, np.inf), share)
-    return least
+    return proto, found
 
 
-def _scaled(proto: onnx.ModelProto, at: int) -> bytes:
-    """The model with what goes into its node number `at` (scores, or queries) times `SCALED`."""
+def _scaled(proto: onnx.ModelProto, places: list[int], factor: float) -> bytes:
+    """The model with what goes into its nodes at `places` times `factor`."""
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
-    node = changed.graph.node[at]
-    factor = onnx.numpy_helper.from_array(np.array(SCALED, np.float32), "scores_off_factor")
-    changed.graph.initializer.append(factor)
-    scaled = onnx.helper.make_node("Mul", [node.input[0], factor.name], ["scores_off"])
-    node.input[0] = "scores_off"
-    changed.graph.node.insert(at, scaled)
+    array = np.array(factor, np.float32)
+    changed.graph.initializer.append(onnx.numpy_helper.from_array(array, "scores_off_by"))
+    for at in sorted(places, reverse=True):
+        node = changed.graph.node[at]
+        inputs, node.input[0] = [node.input[0], "scores_off_by"], f"{node.output[0]}_scores_off"
+        changed.graph.node.insert(at, onnx.helper.make_node("Mul", inputs, [node.input[0]]))
     return changed.SerializeToString()
+
+
+def _shown(path: Path, changed: bytes, tried: Tried) -> dict[str, float]:
+    """By how much the outputs of a changed model differ, by name, relative to their spread."""
+    shown: dict[str, float] = {}
+    try:
+        session = files.session(changed, optimise=False, folder=path.parent)
+        names = [one.name for one in session.get_outputs()]
+        for feed, outputs, compared in tried:
+            found = dict(zip(names, session.run(names, feed.arrays), strict=True))
+            for name, out in outputs.items():
+                where = compared[name]
+                if out.dtype.kind == "f" and where.any():
+                    gap = np.abs(out[where].astype(float) - found[name][where].astype(float))
+                    share = float(np.nanmax(gap)) / (spread(out[where]) or 1.0)
+                    shown[name] = max(shown.get(name, 0.0), share)
+    except Exception:  # ONNX Runtime's own types: scores of another type, say
+        return {}
+    return shown

@@ -52,7 +52,10 @@ def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
     for masked in feed.masked:  # (batch, heads, rows) or (batch · heads, rows)
         rows = masked.shape[-1] if masked.ndim else 0
-        if masked.size and len(masked) % batch == 0:
+        folded = rows and masked.size == batch * rows  # heads are a part of the batch
+        if masked.size and (len(masked) % batch == 0 or folded or len(masked) == 1):
+            one = len(masked) == 1 and not folded  # the same for all samples
+            masked = np.repeat(masked, batch, axis=0) if one else masked.reshape(batch, -1, rows)
             masked = masked.reshape(batch, -1, rows)
             if rows in lengths:
                 masked = masked.any(axis=1)
