@@ -10,7 +10,7 @@ each window. A feed that the model refuses is passed over, and named.
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class _Trial:
         self.passed: list[str] = []  # feeds that are passed over, and why
         self.notes: list[str] = []
         self.made: list[Feed] = []
+        self.paddings: set[str] = set()  # that these have
 
     # ── Running ─────────────────────────────────────────────────────────────────────────────────
 
@@ -218,11 +219,12 @@ class _Trial:
         kinds = set(self.sizes.kind.values())
         if smallest.batch == 1 and BATCH in kinds:
             self.notes.append("batch 1, since the model refuses a batch of 2")
-        if kinds & {"token", "signal"} and (long.token, long.signal) == (short.token, short.signal):
-            other = dataclasses.replace(
-                smallest, signal=2 * smallest.signal, token=smallest.token + 1
-            )
-            failed = self.problem(other, flags)
+        same_batch = dataclasses.replace(long, batch=short.batch)
+        if kinds & {"token", "signal"} and self.sizes.assign(same_batch) == self.sizes.assign(
+            short
+        ):
+            signal, token = 2 * smallest.signal, smallest.token + 1
+            failed = self.problem(dataclasses.replace(smallest, signal=signal, token=token), flags)
             if failed is not None and (written := self._written(failed)):
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
         pairs = any(one.pairs for one in self.masks)
@@ -243,51 +245,54 @@ class _Trial:
     def _beyond(self, flags: Flags, long: At) -> Iterator[tuple[str, At, str]]:
         """Feeds beyond each window that can be reached, as long as a run is bearable."""
         kinds = set(self.sizes.kind.values())
-        if not kinds & {"token", "signal"}:
+        if not kinds & {"token", "signal"} or self.sizes.image:
             return
         start = self._positions(long, flags)
-        spent = min(self.seconds(long, flags) for _ in range(2))
-
-        def predicted(length: int) -> float:
-            return spent * (length / start) ** (2 if length > 256 else 1.3)
-
-        wanted = reach.ENOUGH if not self.sizes.image else 0
-        if predicted(wanted) > QUICK:
-            near = [w + max(8, w // 8) for w in self.windows if w < reach.ENOUGH]
-            near = [w for w in near if w > start and predicted(w) < BEARABLE]
-            wanted = max(near, default=0)
-        if wanted <= start:
-            return
         batch = 2 if long.batch > 1 else 1
         padding = "left" if self.masks else "no"
-        by_token = "token" in kinds
-        most = reach.ENOUGH if self.rows is None else self.rows - long.past * self.sizes.past
+        past = long.past if self.sizes.past else 0
+        most = reach.ENOUGH if self.rows is None else self.rows
 
         def longer(length: int) -> At:
             signal = -(-long.signal * length // start) if "signal" in kinds else long.signal
-            token = min(length, most) if by_token else long.token
+            token = length - past if "token" in kinds else long.token
             return dataclasses.replace(long, batch=batch, token=token, signal=signal)
 
-        length = self._longest(longer, start, wanted, flags)
+        length = self._longest(longer, start, most, flags)
         if length > start:
             yield f"beyond {length - 1} positions", longer(length), padding
         if self.sizes.past:
-            past = min(wanted, (self.rows or wanted + 3) - 3)
-            far = dataclasses.replace(long, batch=batch, token=3, apart=0)
-            past = self._longest(lambda p: dataclasses.replace(far, past=p), 0, past, flags)
-            if past > long.past:
-                yield f"a past of {past}", dataclasses.replace(far, past=past), padding
+            single = dataclasses.replace(long, batch=batch, token=1, apart=0)
 
-    def _longest(self, longer, low: int, high: int, flags: Flags) -> int:
-        """The greatest length up to `high` that the model runs on: a table of positions may end."""
-        if self.problem(longer(high), flags) is None:
-            return high
+            def farther(length: int) -> At:
+                return dataclasses.replace(single, past=length - 1)
+
+            length = self._longest(farther, 6, most, flags)
+            if length > start:
+                yield f"beyond a past of {length - 2}", farther(length), padding
+
+    def _longest(self, sized: Callable[[int], At], start: int, most: int, flags: Flags) -> int:
+        """The greatest length up to `most` that the model runs on (a table of positions may end),
+        and that takes little time, or is beyond a window."""
+        near = {w + max(8, w // 8) for w in self.windows}
+        steps = sorted({64, 256, most} | {w for w in near if w < most})
+        length, spent = start, self.seconds(sized(start), flags)
+        for wanted in (step for step in steps if step > start):
+            predicted = spent * (wanted / length) ** 2
+            if predicted > (BEARABLE if wanted in near else QUICK):
+                continue
+            spent = self.seconds(sized(wanted), flags)
+            if spent == float("inf"):
+                return self._last(sized, length, wanted, flags)
+            length = wanted
+        return length
+
+    def _last(self, sized: Callable[[int], At], low: int, high: int, flags: Flags) -> int:
+        """The last length that the model runs on: it does on `low`, and does not on `high`."""
         while high - low > 1:
             middle = (low + high) // 2
-            if self.problem(longer(middle), flags) is None:
-                low = middle
-            else:
-                high = middle
+            fits = self.problem(sized(middle), flags) is None
+            low, high = (middle, high) if fits else (low, middle)
         return low
 
     def _positions(self, at: At, flags: Flags) -> int:
@@ -328,6 +333,7 @@ class _Trial:
         }
         roles = ("ids", "floats", "integers")
         fixed = frozenset(one.name for one in self.inputs if one.role not in roles)
+        self.paddings.add(padding)
         self.made.append(Feed(name, arrays, keys, True, masked, fixed))
         self.reached = max(self.reached, self._length(at, masked))
 
@@ -359,7 +365,9 @@ class _Trial:
         shapes = dict.fromkeys(str(feed.arrays[first].shape) for feed in self.made if first)
         parts.append(f"{first} {', '.join(shapes)}")
         if self.masks:
-            parts.append("padded not at all, right, left, with holes, altogether")
+            words = {"no": "not at all", "right": "right", "left": "left", "holes": "with holes"}
+            words |= {"causal": "causal", "all": "altogether"}
+            parts.append("padded " + ", ".join(words[one] for one in words if one in self.paddings))
         if self.passed:
             parts.append(f"passed over: {'; '.join(self.passed)}")
         return "inferred: " + "; ".join([*parts, *dict.fromkeys(self.notes)])

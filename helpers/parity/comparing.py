@@ -341,7 +341,6 @@ class _Judge:
             noise = min(noise, CAUGHT * self.cap[name] * precision.spread(values))
         return max(least, noise)
 
-
     def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
         """What rounding of the scores may grow to in the output `name`, where its spread is above
         1: at most what the tolerance is, relative to that. Measured when it is first asked for."""
