@@ -110,13 +110,18 @@ class _Trial:
         """All feeds that the model runs on, every combination of flags among them."""
         smallest: list[tuple[Flags, At]] = []
         problems: list[Exception] = []
-        for values in product(*[(0, 1)] * min(len(self.flags), 3)):
-            flags = dict(zip([one.name for one in self.flags], values, strict=False))
+        chosen: list[tuple[bool, ...]] = []
+        values = [inputs.flag_values(self.model, one) for one in self.flags]
+        for combination in product(*values[:3]):
+            flags = dict(zip([one.name for one in self.flags], combination, strict=False))
             at = self._smallest(flags, problems)
-            if at is not None:
-                smallest.append((flags, at))
-            else:
+            if at is None:
                 self.notes.append(f"not run: {_flags(flags)}")
+                continue
+            choice = self.scores.choice(self.arrays(at, "no", flags)) if flags else ()
+            if choice not in chosen:
+                smallest.append((flags, at))
+                chosen.append(choice)
         if not smallest:
             raise self._refused(problems)
         for flags, at in smallest:
@@ -127,10 +132,15 @@ class _Trial:
                 self._add(prefix + name, sizes, padding, flags)
         if not self.made:
             raise self._refused(problems)
-        for name, seen in self.scores.branches.items():
-            if len(seen) == 1 and not self._constant_condition(name):
-                branch = "else" if seen == {True} else "then"
-                self.notes.append(f"not run: the {branch} branch of {name}")
+        self._other_branches(*smallest[0])
+        unrun = [
+            f"the {'else' if seen == {True} else 'then'} branch of {name}"
+            for name, seen in self.scores.branches.items()
+            if len(seen) == 1
+        ]
+        if unrun:
+            more = f" and {len(unrun) - 3} more" if len(unrun) > 3 else ""
+            self.notes.append(f"not run: {', '.join(unrun[:3])}{more}")
         for window in self.windows:
             if window >= self.reached:
                 self.notes.append(f"a window of {window} is not reached")
@@ -144,11 +154,23 @@ class _Trial:
         for at in self.sizes.tries(constants):
             failed = self.problem(at, flags)
             if failed is None:
-                return at
+                return self._with_heads(at, flags)
             problems.append(failed)
             if time.monotonic() - start > PATIENCE:
                 break
         return None
+
+    def _with_heads(self, at: At, flags: Flags) -> At:
+        """The same with as many heads as the scores have: with fewer, a mask of (batch · heads, …)
+        may be taken for one that all samples share."""
+        if "folded" not in self.sizes.kind.values() or not self.scores:
+            return at
+        for masked in self.scores.masked(self.arrays(at, "no", flags)):
+            if masked.ndim == 4:
+                other = dataclasses.replace(at, heads=masked.shape[1])
+                if self.problem(other, flags) is None:
+                    return other
+        return at
 
     def _refused(self, problems: list[Exception]) -> files.BadInput:
         """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
@@ -350,13 +372,25 @@ class _Trial:
         counted = at.token + at.past * self.sizes.past if "token" in kinds else at.signal
         return self.keys if masked is not None else counted
 
-    def _constant_condition(self, name: str) -> bool:
-        """Whether the If of that name is decided by sizes alone, as TorchScript's Squeeze is."""
-        try:
-            node = graph.find(self.model, name)
-        except KeyError:
-            return True
-        return node.inputs[0] not in graph.from_input(self.model)
+    def _other_branches(self, flags: Flags, at: At) -> None:
+        """Feeds of the sizes that conditions ask for, where a branch has not run yet."""
+        if all(len(seen) > 1 for seen in self.scores.branches.values()):
+            return
+        near = {c + more for c in reach.conditions(self.model) for more in (-1, 0, 1)}
+        for length in sorted({at.token, at.signal, *(c for c in near if 0 < c <= reach.ENOUGH)}):
+            kinds = [{"token": length, "signal": length}]
+            kinds += [{"past": length}] if self.sizes.past else []
+            kinds += [{"batch": length}] if length < 9 else []
+            for kind in kinds:
+                other = dataclasses.replace(at, **kind)
+                before = sum(map(len, self.scores.branches.values()))
+                try:
+                    self.scores.choice(self.arrays(other, "no", flags))
+                except Exception:  # ONNX Runtime's own types: it does not run so
+                    continue
+                if sum(map(len, self.scores.branches.values())) > before:
+                    name = ", ".join(f"{one} {length}" for one in kind)
+                    self._add(f"for another branch: {name}", other, "no", flags)
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""

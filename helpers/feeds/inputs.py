@@ -280,6 +280,20 @@ def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.
                 queue.extend(node.outputs)
 
 
+def flag_values(model: ir.Model, one: Input) -> list[int]:
+    """The values to try for a flag: 0 and 1, and those next to what it is compared with."""
+    value = next(v for v in model.graph.inputs if v.name == one.name)
+    if one.dtype.kind == "b":
+        return [0, 1]
+    compared = {
+        int(number) + more
+        for node, at in _sinks(value)
+        if node.op_type in _COMPARING and (number := _number(node.inputs[1 - at])) is not None
+        for more in (-1, 0, 1)
+    }
+    return sorted({0, 1} | compared)[:8]
+
+
 def _rotates(value: ir.Value) -> bool:
     """Whether the angles of rotary embeddings are made of an input: it holds positions."""
     return any(

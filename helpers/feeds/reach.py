@@ -155,6 +155,24 @@ def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
                 yield math.ceil(start * math.exp(length))
 
 
+def conditions(model: ir.Model) -> set[int]:
+    """The sizes that decide which branch of an If runs."""
+    found: set[int] = set()
+    for node in graph.nodes(model):
+        queue, seen = [node.inputs[0]] if node.op_type == "If" else [], set()
+        while queue and len(seen) < 200:
+            value = queue.pop()
+            above = value.producer() if value is not None else None
+            if above is None or above in seen:
+                continue
+            seen.add(above)
+            if above.op_type in _COMPARING | {"Equal"}:
+                numbers = filter(None, map(_constant, above.inputs))
+                found |= {abs(round(number)) for number in numbers}
+            queue += above.inputs
+    return found
+
+
 def table(model: ir.Model) -> int | None:
     """The rows of the smallest table of sines whose operator does not look whether it ends."""
     rows = []

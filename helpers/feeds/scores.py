@@ -40,16 +40,20 @@ class Scores:
     def masked(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         """For each site, True where a score is masked: (batch, heads, queries, keys), or as the
         graph has them. Raises whatever ONNX Runtime raises where the model does not run."""
+        exposed = self._session(self.choice(arrays))
+        values = exposed.run(arrays)
+        return [~(values[name] > MASKED) for name in exposed.scores]
+
+    def choice(self, arrays: dict[str, np.ndarray]) -> tuple[bool, ...]:
+        """The conditions of every If that runs, those inside of branches after those around."""
         choice: tuple[bool, ...] = ()
-        while True:
-            exposed = self._session(choice)
+        while conditions := (exposed := self._session(choice)).conditions:
             values = exposed.run(arrays)
-            conditions = [bool(np.ravel(values[name])[0]) for _, name in exposed.conditions]
-            for (branching, _), value in zip(exposed.conditions, conditions, strict=True):
+            taken = [bool(np.ravel(values[name])[0]) for _, name in conditions]
+            for (branching, _), value in zip(conditions, taken, strict=True):
                 self.branches.setdefault(branching, set()).add(value)
-            if not conditions:
-                return [~(values[name] > MASKED) for name in exposed.scores]
-            choice += tuple(conditions)
+            choice += tuple(taken)
+        return choice
 
     def close(self) -> None:
         """Give back the memory of the model and of its sessions."""
