@@ -14,8 +14,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from helpers import files, graph
-
-MASKED = -5e3  # scores at most this low have been masked: by -1e4, -1e6, the smallest float, …
+from helpers.feeds import operator_masks
+from helpers.feeds.operator_masks import MASKED
 
 
 class Scores:
@@ -35,14 +35,17 @@ class Scores:
     def __bool__(self) -> bool:
         """Whether there is anything to run for: a site whose scores can be given out, or an If."""
         first = self._session(())
-        return bool(first.scores or first.conditions)
+        return bool(first.scores or first.operators or first.conditions)
 
     def masked(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         """For each site, True where a score is masked: (batch, heads, queries, keys), or as the
         graph has them. Raises whatever ONNX Runtime raises where the model does not run."""
         exposed = self._session(self.choice(arrays))
         values = exposed.run(arrays)
-        return [~(values[name] > MASKED) for name in exposed.scores]
+        given = [operator_masks.masked(node, values) for node in exposed.operators]
+        return [~(values[name] > MASKED) for name in exposed.scores] + [
+            masked for masked in given if masked is not None
+        ]
 
     def choice(self, arrays: dict[str, np.ndarray]) -> tuple[bool, ...]:
         """The conditions of every If that runs, those inside of branches after those around."""
@@ -85,17 +88,24 @@ class _Exposed:
         made = {name: node for node in proto.graph.node for name in node.output}
         given = {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
         self.scores: list[str] = []
+        self.operators: list[onnx.NodeProto] = []  # which give out none, but tell what they mask
         if not self.conditions:
             for site in graph.sites(graph.inline(ir.from_proto(proto))):
                 name = site.node.inputs[0].name if site.scores else _open(made, site)
+                node = made.get(site.node.outputs[0].name)
                 if name is not None and (name in made or not site.scores):
                     self.scores.append(name)
+                elif node is not None and operator_masks.reads(node):
+                    self.operators.append(node)
         wanted = [name for _, name in self.conditions if name not in given]
+        reads = [name for node in self.operators for name in operator_masks.reads(node)]
+        wanted += [name for name in reads if name not in given]
         wanted = list(dict.fromkeys([*self.scores, *wanted]))
+        small = {*reads, *(name for _, name in self.conditions)}
         self.given = {
-            one.name: onnx.numpy_helper.to_array(one)
+            one.name: onnx.numpy_helper.to_array(one, str(folder))
             for one in proto.graph.initializer
-            if one.name in {name for _, name in self.conditions}
+            if one.name in small
         }
         self.session: ort.InferenceSession | None = None
         if wanted:
