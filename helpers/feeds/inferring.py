@@ -72,6 +72,7 @@ class _Trial:
         self.passed: list[str] = []  # feeds that are passed over, and why
         self.notes: list[str] = []
         self.made: list[Feed] = []
+        self.all_have_keys = False
         self.paddings: set[str] = set()  # that these have
 
     # ── Running ─────────────────────────────────────────────────────────────────────────────────
@@ -82,8 +83,8 @@ class _Trial:
         arrays = {}
         for one in self.inputs:
             shape = tuple(size(dim, sizes) for dim in one.dims)
-            past = at.past if self.sizes.past else 0
-            values = _values(one, shape, at.token, past, random)
+            past = self.sizes.before(at)
+            values = _values(one, shape, self.sizes.queries(at), past, random)
             if one.is_mask:
                 values = masks.filled(one, shape, padding, past)
             elif one.role == "flag":
@@ -272,7 +273,7 @@ class _Trial:
         start = self._positions(long, flags)
         batch = 2 if long.batch > 1 else 1
         padding = "left" if self.masks else "no"
-        past = long.past if self.sizes.past else 0
+        past = self.sizes.before(long)
         most = reach.ENOUGH if self.rows is None else self.rows
 
         def longer(length: int) -> At:
@@ -324,7 +325,9 @@ class _Trial:
         except Exception:  # ONNX Runtime's own types
             masked = []
         kinds = set(self.sizes.kind.values())
-        counted = at.token + at.past * self.sizes.past if "token" in kinds else at.signal
+        counted = at.signal
+        if "token" in kinds or "signal" not in kinds:
+            counted = self.sizes.queries(at) + self.sizes.before(at)
         return max([one.shape[-1] for one in masked if one.ndim], default=counted)
 
     def _add(self, name: str, at: At, padding: str, flags: Flags) -> None:
@@ -357,20 +360,19 @@ class _Trial:
         fixed = frozenset(one.name for one in self.inputs if one.role not in roles)
         self.paddings.add(padding)
         self.made.append(Feed(name, arrays, keys, True, masked, fixed))
-        self.reached = max(self.reached, self._length(at, masked))
+        self.reached = max(self.reached, self._positions(at, flags))
 
     def _masked(self, arrays: masks.Arrays) -> list[np.ndarray] | None:
-        """Where queries have no key; None where the graph does not tell."""
-        if not self.scores or not (self.masks or self.flags):
+        """Where queries have no key; None where the graph does not tell. Where there is no mask to
+        feed, the first feed tells for all."""
+        if self.all_have_keys or not self.scores:
             return None
         masked = self.scores.masked(arrays)
         self.keys = max([one.shape[-1] for one in masked if one.ndim], default=0)
-        return [one.all(axis=-1) for one in masked] or None
-
-    def _length(self, at: At, masked: list[np.ndarray] | None) -> int:
-        kinds = set(self.sizes.kind.values())
-        counted = at.token + at.past * self.sizes.past if "token" in kinds else at.signal
-        return self.keys if masked is not None else counted
+        lacking = [one.all(axis=-1) for one in masked]
+        if not self.masks and not self.flags:
+            self.all_have_keys = not any(one.any() for one in lacking)
+        return lacking or None
 
     def _other_branches(self, flags: Flags, at: At) -> None:
         """Feeds of the sizes that conditions ask for, where a branch has not run yet."""

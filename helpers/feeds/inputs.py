@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from helpers import files, graph
 
@@ -129,10 +130,15 @@ def read(model: ir.Model, path: Path) -> list[Input]:
                 f" {value.name} ({value.type}); give --inputs FEEDS.npz"
             )
         found.append(Input(value.name, value.dtype.numpy(), _dims(value)))
+    values = {value.name: value for value in model.graph.inputs}
     paths = _score_paths(model)
     for one in found:
-        value = next(v for v in model.graph.inputs if v.name == one.name)
-        one.role = _role(one, value, paths)
+        one.role = _role(one, values[one.name], paths)
+    if any(one.indexes for one in found):  # what it indexes may be a table of unknown shape
+        passes.ShapeInferencePass()(model)
+        for one in found:
+            one.indexes = False
+            one.role = _role(one, values[one.name], paths)
     caches = [one for one in found if one.role == "floats" and len(one.dims) == 4]
     if len(caches) > 1:  # one alone is an image
         for one in caches:
@@ -155,6 +161,9 @@ def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) ->
     _lookups(value, one)
     if one.bound is not None and one.bound > one.low:
         return "ids"
+    if one.indexes and len(one.dims) == 1:  # the last row of each sample, by its length
+        one.indexes = False
+        return "lengths"
     sinks = [*_sinks(value)]
     small = all(dim == 1 for dim in one.dims)
     if small and any(node.op_type == "If" for node, _ in sinks):
@@ -189,18 +198,19 @@ def _lookups(origin: ir.Value, one: Input) -> None:
     What is followed is a·ids + b, for the numbers a and b that the graph has on the way: Keras adds
     the table's rows to negative ids in a Where, RoBERTa's positions begin at 2.
     """
-    queue, seen = [(origin, 1.0, 0.0, not one.is_float)], set()
+    queue, seen = [(origin, 1.0, 0.0, not one.is_float, 0)], set()
     while queue:
-        value, factor, offset, whole = queue.pop()
+        value, factor, offset, whole, wraps = queue.pop()
         for node, at in value.uses():
             rows = list(_looked_up(node, at)) if whole else []
             for count in rows:
                 if count is None:
                     one.indexes = True
                     continue
-                bound = int(np.floor((count - 1 - offset) / factor)) + 1
-                one.bound = min(one.bound or bound, bound)
-                one.low = max(one.low, int(np.ceil(-offset / factor)))
+                bound = wraps or int(np.floor((count - 1 - offset) / factor)) + 1
+                if bound > 0:  # else it is where negative ids are brought into the table
+                    one.bound = min(one.bound or bound, bound)
+                    one.low = max(one.low, 0 if wraps else int(np.ceil(-offset / factor)))
             if (
                 rows
                 or (node, at) in seen
@@ -223,12 +233,12 @@ def _lookups(origin: ir.Value, one: Input) -> None:
                     b += number if node.op_type == "Add" else -number
                 elif node.op_type == "Mul":
                     continue
-            if node.op_type == "Mod" and at == 0:
-                continue  # within bounds by itself
+            if node.op_type == "Mod" and at == 0:  # within bounds by itself: once around
+                wraps = 2 * int(_number(node.inputs[1]) or 0)
             integer = whole
             if node.op_type == "Cast":
                 integer = not ir.DataType(node.attributes.get_int("to", 1)).is_floating_point()
-            queue += [(result, a, b, integer) for result in node.outputs]
+            queue += [(result, a, b, integer, wraps) for result in node.outputs]
 
 
 def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:

@@ -190,14 +190,14 @@ def _keys(shape: tuple[int, ...], padding: str, most: int) -> np.ndarray:
     for row in range(shape[0]):
         if not row and shape[0] > 1:
             continue
-        cut = min((length // 3 + row) % length, most)
+        cut = min((length // 3 + row) % max(length, 1), most)
         if padding == "left" and len(shape) == 2:
             kept[row, :cut] = False
         elif padding in ("left", "right"):  # images are padded on the right alone
             kept[row, ..., length - cut :] = False
         elif padding == "holes":
             kept[row] = random.random(kept[row].shape) < 0.6
-            kept[row, ..., length // 2] = True
+            kept[row, ..., length // 2 : length // 2 + 1] = True
     if padding == "all":
         kept[-1] = False
     return kept

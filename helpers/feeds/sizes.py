@@ -74,6 +74,9 @@ class Sizes:
             several = len(one.dims) > 1 or one.role in ("lengths", "last")
             if several and one.role != "mask":
                 claim(BATCH, [dim for dim in one.dims[:1] if not later & {*_symbols(dim)}])
+        for one in inputs:  # a signal that has its length first has the batch after that
+            if one.role == "floats" and len(one.dims) > 2 and later & {*_symbols(one.dims[0])}:
+                claim(BATCH, one.dims[1:2])
         for one in inputs:  # a mask's own first axis: (batch · heads, …), or queries, or a batch
             if one.role == "mask" and len(one.dims) > 1:
                 own = [dim for dim in one.dims[:1] if not later & {*_symbols(dim)}]
@@ -94,11 +97,27 @@ class Sizes:
         self.waveform = any(len(one.dims) == 2 for one in floats)
         self.image = any(len(one.dims) >= 4 for one in floats)
         self.past = "past" in self.kind.values()
+        fixed = [
+            one.dims[1] for one in inputs if len(one.dims) > 1 and one.role in ("ids", "floats")
+        ]
+        self.fixed = next((dim for dim in fixed if isinstance(dim, int)), 0)
+        cached = [one.dims[-2] for one in inputs if one.role == "cache"]
+        self.fixed_past = next((dim for dim in cached if isinstance(dim, int)), 0)
+
+    def queries(self, at: "At") -> int:
+        """How many positions are new: tokens, or frames of a signal."""
+        kinds = self.kind.values()
+        return at.token if "token" in kinds or not self.fixed else self.fixed
+
+    def before(self, at: "At") -> int:
+        """How many positions are past."""
+        return at.past if self.past else self.fixed_past
 
     def assign(self, at: "At") -> dict[str, int]:
         """Sizes by name. Token lengths of other names (an encoder's, a decoder's) are apart."""
-        masks = {"token": at.token, "sum": at.token + at.past, "signal": at.signal}
-        queries = at.signal if at.mask == "signal" else at.token
+        queries = self.queries(at)
+        masks = {"token": queries, "sum": queries + self.before(at), "signal": at.signal}
+        queries = at.signal if at.mask == "signal" else queries
         sizes = {
             BATCH: at.batch,
             "past": at.past,
@@ -120,7 +139,7 @@ class Sizes:
         """Sizes to try, the likeliest first; then the `constants` that are written in the graph."""
         kinds = set(self.kind.values())
         masks = ("token", "signal", "sum")
-        if self.past:
+        if self.past or self.fixed_past:
             masks = ("sum", "token", "signal")
         elif "signal" in kinds and (self.waveform or "token" not in kinds):
             masks = ("signal", "token", "sum")  # of another length it runs too, and masks nothing

@@ -225,8 +225,7 @@ class _Judge:
 
     def __init__(self, plain: Runner, cases: list[_Case], tolerance: float | None) -> None:
         self.plain, self.cases, self.tolerance = plain, cases, tolerance
-        self.precision = precision.computes_in(plain.path) if plain.path else "float32"
-        self.eight_bits = plain.path is not None and precision.quantised(plain.path)
+        self.precision, self.eight_bits = _read(plain)
         self.noise: dict[str, float] = {}
         self.cap: dict[str, float] = {}
         self.rounding: dict[str, float] | None = None
@@ -271,7 +270,7 @@ class _Judge:
                 f" ({_listed(self.plain.inputs)}), found {_listed(other.inputs)}; compare models of"
                 " one signature"
             )
-        own = precision.computes_in(other.path) if other.path else "float32"
+        own, _ = _read(other)
         least = max(self.precision, own, key=precision.ORDER.index)
         candidate = Candidate(other.name, precision=least)
         worst = -1.0
@@ -316,8 +315,9 @@ class _Judge:
             candidate.left_out_diff = max(candidate.left_out_diff, outside.max(initial=0.0))
             if not np.isfinite(array[np.isfinite(wanted) & ~where]).all():
                 reason = f"{name} is not finite in a row without a key: {feed.name}"
-        if tolerance < difference <= self._rounding(candidate, name, wanted[where]):
-            tolerance = self._rounding(candidate, name, wanted[where])
+        most = precision.TOLERANCE[candidate.precision] * max(precision.spread(wanted[where]), 1.0)
+        if tolerance < difference <= most:
+            tolerance = max(tolerance, self._rounding(candidate, name, wanted[where]))
         if reason or not difference <= tolerance:
             candidate.held = False
         candidate.reason = candidate.reason or reason
@@ -342,16 +342,21 @@ class _Judge:
         return max(least, noise)
 
     def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
-        """What rounding of the scores may grow to in the output `name`, where its spread is above
-        1: at most what the tolerance is, relative to that. Measured when it is first asked for."""
-        spread = precision.spread(values)
-        if self.plain.path is None or self.tolerance is not None or not spread > 1:
+        """What rounding of the scores grows to in the output `name`, at most the tolerance times
+        its spread, if that is above 1. Measured when a difference asks for it."""
+        if self.plain.path is None or self.tolerance is not None or values.dtype.kind != "f":
             return 0.0
         if self.rounding is None:
             tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
             self.rounding = precision.with_scores_rounded(self.plain.path, tried)
-        grown = GROWN * self.rounding.get(name, 0.0)
-        return spread * min(grown, precision.TOLERANCE[candidate.precision])
+        spread = precision.spread(values)
+        grown = GROWN * self.rounding.get(name, 0.0) * spread
+        return min(grown, precision.TOLERANCE[candidate.precision] * max(spread, 1.0))
+
+
+def _read(runner: Runner) -> tuple[str, bool]:
+    """What a model computes in, and whether that is 8 bits anywhere; a function's is not known."""
+    return precision.read(runner.path) if runner.path else ("float32", False)
 
 
 def _listed(inputs: dict[str, str]) -> str:

@@ -32,33 +32,30 @@ _QUANTISED = {
 }
 
 
-def computes_in(path: Path) -> str:
-    """The least precise float type that the model at `path` computes in, by name."""
+def read(path: Path) -> tuple[str, bool]:
+    """The least precise float type that the model at `path` computes in, by name, and whether it
+    computes in 8 bits anywhere. What is rounded to a type on the way is computed in it; weights
+    that are only kept in one are not."""
     model = graph.load(path, weights=False)
+    computed = graph.from_input(model)
     types: dict[ir.Value, ir.DataType | None] = {}
-    least = "float32"
+    least, eight_bits = "float32", False
     for node in graph.nodes(model):
+        eight_bits |= node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
         read = [types.get(one) or one.dtype for one in node.inputs if one is not None]
         floats = [one for one in read if one is not None and one.is_floating_point()]
         made = floats[0] if floats else None
         if node.op_type == "Cast":
             made = ir.DataType(node.attributes.get_int("to", 1))
+        rounds = node.op_type == "Cast" and not computed.isdisjoint(node.inputs)
         for value in node.outputs:
             types[value] = value.dtype or made
             name = types[value].name.lower() if types[value] is not None else ""
             name = {"float": "float32", "double": "float64"}.get(name, name)
-            computing = node.op_type not in _NOT_COMPUTING and name in ORDER
+            computing = (rounds or node.op_type not in _NOT_COMPUTING) and name in ORDER
             if computing and ORDER.index(name) > ORDER.index(least):
                 least = name
-    return least
-
-
-def quantised(path: Path) -> bool:
-    """Whether the model at `path` computes in 8 bits anywhere."""
-    return any(
-        node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
-        for node in graph.nodes(graph.load(path, weights=False))
-    )
+    return least, eight_bits
 
 
 def spread(values: np.ndarray) -> float:
