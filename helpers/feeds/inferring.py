@@ -423,7 +423,7 @@ def _values(
     one: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
 ) -> np.ndarray:
     """Seeded values for an input that is no mask and no flag."""
-    if one.role in ("floats", "cache"):
+    if one.role in ("floats", "cache", "cross"):
         return random.normal(size=shape)
     if one.role == "ids":
         return random.integers(one.low, one.bound, size=shape)

@@ -41,6 +41,12 @@ MASK_INPUTS = {
     (graph.MICROSOFT, "QEmbedLayerNormalization"): (7,),
     (graph.MICROSOFT, "GroupQueryAttention"): (10,),
 }
+_PASTS = {  # and whose inputs of that number are caches that grow
+    ("", "Attention"): (4, 5),
+    (graph.MICROSOFT, "Attention"): (4,),
+    (graph.MICROSOFT, "MultiHeadAttention"): (6, 7),
+    (graph.MICROSOFT, "GroupQueryAttention"): (3, 4),
+}
 _SEQLENS, _TOTAL = 5, 6  # inputs of GroupQueryAttention: index of the last key, and how many
 _SHAPING = {
     *("Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity"),
@@ -108,6 +114,7 @@ class Input:
                 "last": "index of the last key",
                 "total": "number of positions",
                 "cache": "cache, normal",
+                "cross": "keys or values of another sequence, normal",
                 "integers": "integers 0 and 1",
                 "floats": "normal",
                 "positions": "positions",
@@ -139,10 +146,15 @@ def read(model: ir.Model, path: Path) -> list[Input]:
         for one in found:
             one.indexes = False
             one.role = _role(one, values[one.name], paths)
+    growing = {one.name for one in found if _grows(values[one.name])}
     caches = [one for one in found if one.role == "floats" and len(one.dims) == 4]
-    if len(caches) > 1:  # one alone is an image
-        for one in caches:
-            one.role = "cache"
+    caches = caches if len(caches) > 1 else []  # one alone is an image
+    caches += [  # keys and values as one: (2, batch, heads, past, width)
+        one for one in found if one.role == "floats" and len(one.dims) == 5 and one.name in growing
+    ]
+    lengths = {one.dims[-2] for one in caches if one.name in growing}
+    for one in caches:
+        one.role = "cache" if one.dims[-2] in lengths else "cross"
     return found
 
 
@@ -288,6 +300,14 @@ def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.
             if node.op_type in through and node not in seen:
                 seen.add(node)
                 queue.extend(node.outputs)
+
+
+def _grows(cache: ir.Value) -> bool:
+    """Whether new keys or values are appended to a cache: by Concat, or by an operator."""
+    return any(
+        node.op_type == "Concat" or at in _PASTS.get((node.domain, node.op_type), ())
+        for node, at in _sinks(cache, _SHAPING - {"Concat"})
+    )
 
 
 def flag_values(model: ir.Model, one: Input) -> list[int]:

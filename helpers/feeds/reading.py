@@ -89,7 +89,7 @@ def _check(npz: Path, wanted: list[Input], arrays: dict[str, np.ndarray]) -> Non
                     f"{npz}: expected {dim} of one size, found {known} in {whose} and {length} in"
                     f" {one.name}; change the arrays"
                 )
-        if not array.size and one.role != "cache":  # which may be empty
+        if not array.size and one.role not in ("cache", "cross"):  # which may be empty
             raise files.BadInput(f"{npz}: expected values for {one}, {found}; change the array")
         if one.role == "ids" and array.size and not 0 <= array.min() <= array.max() < one.bound:
             raise files.BadInput(

@@ -82,11 +82,13 @@ class Sizes:
                 own = [dim for dim in one.dims[:1] if not later & {*_symbols(dim)}]
                 claim({2: "rows", 3: "folded"}.get(len(one.dims), BATCH), own)
         for one in inputs:
+            claim("cross", one.dims[-2:] if one.role == "cross" else [])
+        for one in inputs:
             claim("past", one.dims[-2:] if one.role == "cache" else [])
         for one in inputs:
             claim("signal", one.dims if one.role == "floats" else [])
         for one in inputs:
-            claim("token", one.dims if one.role not in ("mask", "floats", "cache") else [])
+            claim("token", one.dims if one.role not in ("mask", "floats", "cache", "cross") else [])
         for one in inputs:
             if one.role == "mask":
                 claim("mask", one.dims[-1:])
@@ -121,6 +123,7 @@ class Sizes:
         sizes = {
             BATCH: at.batch,
             "past": at.past,
+            "cross": max(at.past, 5) + 2,
             "signal": at.signal,
             "mask": masks[at.mask],
             "queries": queries,

@@ -47,21 +47,22 @@ def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
     """
     if feed.masked is None:
         return [~keys for keys in feed.keys.values() if not keys.all()]
-    batch = _batch(feed, outputs)
-    lengths = {a.shape[1] for a in (*feed.arrays.values(), *outputs.values()) if a.ndim in (2, 3)}
+    arrays = [*feed.arrays.values(), *outputs.values()]
+    lengths = {array.shape[1] for array in arrays if array.ndim in (2, 3)}
     found: dict[int, np.ndarray] = {}
     for masked in feed.masked:  # (batch, heads, rows) or (batch · heads, rows)
         rows = masked.shape[-1] if masked.ndim else 0
-        folded = rows and masked.size == batch * rows  # heads are a part of the batch
-        if masked.size and (len(masked) % batch == 0 or folded or len(masked) == 1):
-            one = len(masked) == 1 and not folded  # the same for all samples
-            masked = np.repeat(masked, batch, axis=0) if one else masked.reshape(batch, -1, rows)
-            masked = masked.reshape(batch, -1, rows)
-            if rows in lengths:
-                masked = masked.any(axis=1)
-            else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
-                masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
-            found[rows] = found.get(rows, False) | masked
+        batch = _batch(feed, arrays, masked) if masked.size else 0
+        if not batch:
+            continue
+        if masked.size == rows:  # the same for all samples
+            masked = np.repeat(masked.reshape(1, rows), batch, axis=0)
+        masked = masked.reshape(batch, -1, rows)
+        if rows in lengths:
+            masked = masked.any(axis=1)
+        else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
+            masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
+        found[rows] = found.get(rows, False) | masked
     for keys in feed.keys.values():  # scores tell no longer where their maximum was taken off
         padding = ~keys.any(axis=1)
         for rows, masked in found.items():
@@ -70,12 +71,20 @@ def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
     return [masked for masked in found.values() if masked.any()]
 
 
-def _batch(feed: Feed, outputs: Outputs) -> int:
-    """The size of a batch: the masks', or what most inputs and outputs begin with."""
+def _batch(feed: Feed, arrays: Sequence[np.ndarray], masked: np.ndarray) -> int:
+    """How many samples the rows of `masked` are of: one that a mask has, or with which they are the
+    rows of an input or output, (batch, rows, …) or (rows, batch, …). 0: that cannot be told."""
+    rows = masked.shape[-1]
     for keys in feed.keys.values():
-        return len(keys)
-    first = [a.shape[0] for a in (*outputs.values(), *feed.arrays.values()) if a.ndim > 1]
-    return max(set(first), key=first.count) if first else 1
+        if masked.size == rows or masked.size % (len(keys) * rows) == 0:
+            return len(keys)
+    first = [array.shape[0] for array in arrays if array.ndim > 1]
+    known = {array.shape[:2] for array in arrays if array.ndim > 1}
+    often = max(set(first), key=first.count, default=0)
+    options = [often, masked.shape[0], masked.size // rows]
+    options = [one for one in options if one and masked.size % (one * rows) == 0]
+    fits = [one for one in options if {(one, rows), (rows, one)} & known]
+    return next(iter(fits or options), often if masked.size == rows else 0)
 
 
 def kept(
