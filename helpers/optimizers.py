@@ -103,8 +103,10 @@ def without_large_weights() -> Iterator[None]:
 
 def loaded(named: str) -> Any:
     """What "FILE.py:NAME" names. The code of the file is run."""
-    file, _, name = named.rpartition(":")
+    file, _, name = named.rpartition(":")  # the last one: a path may begin with C:
     path = Path(file)
+    if Path(named).is_file():
+        raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no class; add :CLASS")
     if not file or not path.is_file():
         raise files.BadInput(
             f"{named}: expected FILE.py:CLASS, found no file {file or named}; check the path"
