@@ -1,4 +1,4 @@
-"""The helpers from a shell: ``python -m helpers inspect MODEL.onnx`` and the like."""
+"""The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
 import contextlib

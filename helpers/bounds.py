@@ -20,7 +20,7 @@ from helpers.worker import memory
 
 MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
 SECONDS, SECONDS_EACH = 100, 4e-6  # likewise, of the processor's time
-SECONDS_NODE = 0.05  # and for each node: optimizers take longer for many nodes, however small
+SECONDS_NODE = 0.1  # and for each node: optimizers take longer for many nodes, however small
 CLOCK = 10  # seconds on the clock for each of them
 LOOK = 0.5  # seconds between two looks at what was taken
 READ = 2**27  # bytes of a model up to which it is read, for its nodes and the names of its data

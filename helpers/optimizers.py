@@ -120,6 +120,11 @@ def loaded(named: str) -> Any:
     sys.path.insert(0, str(path.resolve().parent))  # for what it imports, as if it were run
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise files.BadInput(
+            f"{path}: expected a module that can be imported, found that it imports {error.name},"
+            " which is not installed; install the package that has it, or mend the import"
+        ) from None
     except Exception as error:  # the reader's own code
         raise files.BadInput(
             f"{path}: expected a module that can be imported, found {type(error).__name__}:"

@@ -262,6 +262,16 @@ def test_what_needs_more_says_so_in_one_line(command, package, light, tmp_path):
     assert f"{wanted} pip install {package}" in line
 
 
+def test_a_rule_of_ones_own_that_needs_more_says_so(light, tmp_path):
+    model, rule = write(tmp_path / "a.onnx"), tmp_path / "mine.py"
+    rule.write_text("import torch.nn\nclass Mine: pass\n", encoding="utf-8")
+    for option in ("--fusion", "--rules"):
+        line = light.refused("explain", model, option, f"{rule}:Mine")
+        assert (
+            f"{rule}: expected a module that can be imported, found that it imports torch" in line
+        )
+
+
 def test_the_program_of_the_package(light):
     [(name, value)] = PROJECT["scripts"].items()
     code = (
