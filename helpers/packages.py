@@ -17,8 +17,8 @@ def unlike_pinned() -> str:
     found = {}
     for name in PINNED:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            version = metadata.version(name)
-            if version.partition("+")[0] != PINNED[name]:  # what follows is the build's
+            version = metadata.version(name)  # None where its record cannot be read
+            if version and version.partition("+")[0] != PINNED[name]:  # the rest is the build's
                 found[name] = version
     if not found:
         return ""
