@@ -16,7 +16,6 @@ Export files go to a temporary folder, up to 10 GB for one model.
 import argparse
 import dataclasses
 import functools
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from matplotlib.figure import Figure
 
@@ -299,7 +299,7 @@ def measure(
     kept.sort(key=lambda c: c.label != best)  # the first is in each group, if they need several
     if kept:
         peak = max(first.measured[c.label].peak for c in kept)
-        size = int(max(2, min(len(kept), 0.8 * _available() // peak)))
+        size = int(max(2, min(len(kept), 0.8 * psutil.virtual_memory().available // peak)))
         later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
         rows = {label: row for label, row in rows.items() if label not in later.reasons}
         rows |= {label: (*ratio, rounds) for label, ratio in ratios(later)[1].items()}
@@ -311,13 +311,6 @@ def measure(
         | {"reason": reasons.get(c.label, "")}
         for c in those
     ]
-
-
-def _available() -> float:
-    """Bytes of memory that can still be had; infinity where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    told = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.is_file() else "")
-    return int(told[1]) * 1024 if told else np.inf
 
 
 def ratios(result: benchmark.Result) -> tuple[str, dict[str, benchmark.Speedup]]:

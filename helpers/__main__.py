@@ -1,23 +1,17 @@
-"""The helpers from a shell: ``python -m helpers inspect MODEL.onnx`` and the like."""
+"""The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
 import contextlib
 import json
 import logging
 import os
-import resource
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helpers import files
+from helpers import bounds, files, packages
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
-SECONDS, SECONDS_EACH = 50, 2e-6  # likewise, of time
-SEARCHED = 2**27  # bytes of a model up to which it is searched for the names of its data files
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, bounds.STATUS, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,8 +129,8 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m helpers", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -204,59 +198,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _bounded(models: list[Path]) -> Iterator[None]:
-    """Bound the memory and time of a command: a damaged model may ask for any amount of them."""
-    bytes_ = sum(file.stat().st_size for path in models if path.is_file() for file in _beside(path))
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = MEMORY + MEMORY_EACH * bytes_
-    limit = wanted if before[1] == resource.RLIM_INFINITY else min(wanted, before[1])
-    seconds = SECONDS + SECONDS_EACH * bytes_
+def main(arguments: list[str] | None = None, prog: str = "python -m helpers") -> int:
+    """Run one command; returns its exit status: 0 done, 1 the answer is a failure, 2 bad input.
 
-    def give_up() -> None:
-        print(
-            f"{models[0]}: expected an answer within {seconds:.0f} s, found none; check the model,"
-            " and try a smaller one",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(BAD_INPUT)  # the code that hangs is not Python's, and cannot be interrupted
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _beside(path: Path) -> list[Path]:
-    """The file, and those in its folder that it names or that are called like it: its data."""
-    try:
-        start = path.read_bytes() if path.stat().st_size < SEARCHED else b""
-        near = [one for one in path.parent.iterdir() if one.is_file()]
-    except OSError:  # the command says it better
-        return []
-    return [one for one in near if one.name.startswith(path.name) or one.name.encode() in start]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 the answer is a failure, 2 bad input."""
-    parsed = _parser().parse_args(arguments)
+    `arguments` are those of the command line by default, and `prog` is what its help calls it.
+    """
+    parsed = _parser(prog).parse_args(arguments)
+    if line := packages.unlike_pinned():
+        print(line, file=sys.stderr)
     models = getattr(parsed, "models", None) or [parsed.model]
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # libraries log what they then raise
     try:
-        with _bounded(models):
+        with bounds.bounded(models):
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(packages.missing(error, models[0]), file=sys.stderr)
+        return BAD_INPUT
     except Exception as error:  # a damaged model that loads can make any library raise anything
         line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
@@ -274,5 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+def script(prog: str = "transformers-onnx") -> int:
+    """`main` as a program of its own, whose streams may lack signs (Windows' code pages do)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    return main(prog=prog)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script("python -m helpers"))

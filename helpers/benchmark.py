@@ -12,6 +12,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ import numpy as np
 
 from helpers import files, graph
 from helpers.contenders import LOOKS, Contender
-from helpers.worker import Failed, Worker
+from helpers.worker import Failed, Worker, memory
 
 if TYPE_CHECKING:
     import pandas
@@ -63,13 +65,14 @@ def speedup(reference: np.ndarray, times: np.ndarray) -> Speedup:
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What one contender showed. `seconds` are (rounds,), and `reference` those of the run's
-    reference in the same rounds. `peak` is bytes, of its process, loading included.
+    reference in the same rounds. `peak` is bytes, of its process, loading included; NaN where the
+    system does not tell.
 
     `outputs` are those of its first run, `operators` what its runtime ran, if it tells.
     """
 
     seconds: np.ndarray
-    peak: int
+    peak: float
     outputs: Mapping[str, np.ndarray]
     operators: Mapping[str, int] | None
     reference: np.ndarray | float = 1.0
@@ -382,7 +385,7 @@ def _timed(
                 {
                     label: Measured(
                         seconds=np.array(seconds[label]),
-                        peak=answers[label]["peak"],
+                        peak=worker.peak,
                         outputs=worker.outputs(),
                         operators=answers[label]["operators"],
                     )
@@ -393,15 +396,36 @@ def _timed(
 
 def _machine(threads: int) -> str:
     """Processor, cores, threads and versions, in one line that names no machine."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (
-        found := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
-    ):
-        processor = found[1]
     versions = []
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     threaded = f"{os.cpu_count()} cores, {threads} threads that do not spin"
-    return f"{processor}, {threaded}; {', '.join(versions)}"
+    return f"{_processor()}, {threaded}; {', '.join(versions)}"
+
+
+# By platform, what prints the processor's name: ``platform`` has its family alone, or nothing.
+NAMED_BY = {"linux": ("lscpu",), "darwin": ("sysctl", "machdep.cpu.brand_string")}
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError, KeyError):
+        environment = os.environ | {"LC_ALL": "C"}
+        told = subprocess.run(
+            NAMED_BY[sys.platform], capture_output=True, text=True, env=environment
+        )
+        named = r"^(?:Model name|machdep\.cpu\.brand_string):\s*(.+)$"
+        if found := re.search(named, told.stdout, re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def peak_memory() -> float:
+    """GiB of memory that this process has had at the most, without those that it started."""
+    try:
+        import resource
+    except ImportError:  # as on Windows
+        return memory(os.getpid()) / 2**30
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_each / 2**30

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from helpers import export, files, graph
+from helpers import files, graph
+from helpers.quiet import quiet
 
 
 class Look(NamedTuple):
@@ -206,10 +207,11 @@ def _made(
     target = source.with_stem(f"{source.stem}_{kind}{setting}")
     print(f"making {target.name} …", flush=True)
     try:
-        with export.quiet():
+        with quiet():
             make(target)
     except Exception as error:  # whatever a tool raises is the reason why there is no file
-        said = re.sub(rf"{re.escape(str(source.parent))}/(\.writing-[^/]+/)?", "", str(error))
+        folder = rf"{re.escape(str(source.parent))}[/\\](\.writing-[^/\\]+[/\\]files[/\\])?"
+        said = re.sub(folder, "", str(error))
         said = textwrap.shorten(f"{type(error).__name__}: {said}", 240, placeholder=" …")
         return Contender(label, kind, reason=said)
     return onnx(label, target, kind)

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import align, feeds, files, graph, optimizers, places, source, wrong
+from helpers import align, feeds, files, graph, optimizers, packages, places, source, wrong
 from helpers.quiet import quiet
 from helpers.reasons import Check, Explanation, Reason, Verdict
 from helpers.watch import Call, Watch
@@ -54,7 +54,8 @@ def explain(
     and sites that fused and compute something else are marked `wrong`.
 
     Raises `files.BadInput` on an unknown `model_type`, a `fusion` that is none, a hidden size that
-    is no multiple of the heads, and inputs that do not fit or cannot be inferred.
+    is no multiple of the heads, inputs that do not fit or cannot be inferred, and where a package
+    is missing that the optimizer imports (PyTorch, above opt_level 0).
     """
     if num_heads and hidden_size % num_heads:
         raise files.BadInput(
@@ -117,6 +118,9 @@ def _optimised(
         try:
             with watch, leave_out:
                 made = optimizer.optimize_model(str(path), name, *choice)
+        except ModuleNotFoundError as error:  # of a package that it needs, PyTorch
+            light = ", or take --opt-level 0 and no --what-if" if error.name == "torch" else ""
+            raise packages.missing(error, path, light) from None
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             made = _raised(watch, error)
         finally:

@@ -6,17 +6,16 @@ passes ``onnx.checker``), so `check` asks each in turn and ends with the runtime
 
 import ctypes
 import errno
-import fcntl
 import gc
-import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import onnx
@@ -33,6 +32,7 @@ OWN = "No Op registered for SimplifiedLayerNormalization "
 # A place in C++ source, which the signature of a function follows.
 _PLACE = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+:? ")
 DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
+LOCK = "lock"  # the file in it that is locked by who writes there
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
 
@@ -320,26 +320,29 @@ def scratch(path: Path) -> Iterator[Path]:
             f"{path}: expected a folder that can be written to, found: {error.strerror}; choose"
             " another"
         ) from None
-    held = os.open(folder, os.O_RDONLY)
+    inside = folder / "files"  # and the lock beside it: what is written may be many files
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # until this process ends, however it does
-        yield folder / path.name
-    finally:
+        with _lock(folder):  # until this process ends, however it does
+            inside.mkdir()
+            yield inside / path.name
+    finally:  # once it is free: Windows removes no file that is open
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+
+
+def _lock(folder: Path, timeout: float = -1) -> AbstractContextManager:
+    with warnings.catch_warnings(action="ignore"):  # that its lock is not the system's, if so
+        from filelock import FileLock
+    return FileLock(folder / LOCK, timeout)
 
 
 def _remove_left_over(parent: Path) -> None:
     """Remove what writes that were killed have left in `parent`."""
     for folder in parent.glob(f"{DRAFT}*"):
         with suppress(OSError):
-            held = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while one writes there
-                if time.time() - folder.stat().st_mtime > STALE:
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(held)
+            if time.time() - folder.stat().st_mtime > STALE:
+                with _lock(folder, timeout=0):  # raises TimeoutError while one writes there
+                    pass
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

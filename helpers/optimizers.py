@@ -103,8 +103,10 @@ def without_large_weights() -> Iterator[None]:
 
 def loaded(named: str) -> Any:
     """What "FILE.py:NAME" names. The code of the file is run."""
-    file, _, name = named.rpartition(":")
+    file, _, name = named.rpartition(":")  # the last one: a path may begin with C:
     path = Path(file)
+    if Path(named).is_file():
+        raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no class; add :CLASS")
     if not file or not path.is_file():
         raise files.BadInput(
             f"{named}: expected FILE.py:CLASS, found no file {file or named}; check the path"
@@ -118,6 +120,11 @@ def loaded(named: str) -> Any:
     sys.path.insert(0, str(path.resolve().parent))  # for what it imports, as if it were run
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise files.BadInput(
+            f"{path}: expected a module that can be imported, found that it imports {error.name},"
+            " which is not installed; install the package that has it, or mend the import"
+        ) from None
     except Exception as error:  # the reader's own code
         raise files.BadInput(
             f"{path}: expected a module that can be imported, found {type(error).__name__}:"

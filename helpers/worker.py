@@ -3,9 +3,8 @@
 import contextlib
 import importlib
 import json
+import math
 import os
-import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+SAMPLED = 0.02  # seconds between two looks at a contender's memory
+
 
 class Failed(Exception):
     """Why a contender gave no answer, in one line."""
@@ -29,7 +30,8 @@ class Worker:
     JSON lines go in and out: first what to load, then ``{"arrays": FILE.npz}`` (`give`; it runs
     once, keeps the outputs and tells the operators) or ``{"runs": N}`` (it tells the median of
     their seconds). It ends by itself with its standard input. `folder` is its own; `path` is the
-    model's file, whose folder is left out of what it says.
+    model's file, whose folder is left out of what it says. `peak` is the most memory, in bytes,
+    that it was seen to have while it was asked something; NaN where the system does not tell.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Worker:
     ):
         folder.mkdir()
         self.path, self.timeout, self.folder, self.hung = path, timeout, folder, False
-        self.messages = folder / "stderr.txt"
+        self.messages, self.peak = folder / "stderr.txt", math.nan
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # can import what we can
             "OMP_NUM_THREADS": str(threads),
@@ -77,12 +79,14 @@ class Worker:
 
     def receive(self) -> dict[str, Any]:
         """The next answer; raises `Failed` where there is none."""
-        timer = threading.Timer(self.timeout, self._give_up)
-        timer.start()
+        answered = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(answered,), daemon=True)
+        watch.start()
         try:
             line = self.process.stdout.readline()
         finally:
-            timer.cancel()
+            answered.set()
+            watch.join()
         if not line:
             raise Failed(self._death())
         answer = json.loads(line)
@@ -95,9 +99,17 @@ class Worker:
         with np.load(self.folder / "outputs.npz") as stored:
             return dict(stored)
 
-    def _give_up(self) -> None:
-        self.hung = True
-        self.process.kill()
+    def _watch(self, answered: threading.Event) -> None:
+        """Note how much memory it has, until it has `answered`; end it if that takes too long."""
+        end = time.monotonic() + self.timeout
+        while True:
+            self.peak = np.fmax(self.peak, memory(self.process.pid))
+            if answered.wait(SAMPLED):
+                break
+            if time.monotonic() > end:
+                self.hung = True
+                self.process.kill()
+                break
 
     def _death(self) -> str:
         status = self.process.wait()
@@ -120,14 +132,16 @@ class Worker:
         self.process.stdout.close()
 
 
-def peak() -> int:
-    """Bytes of memory that this process has had at the most, its model's loading included."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    # Elsewhere than on Linux; there this would start from the peak of the parent process.
-    bytes_each = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_each
+def memory(pid: int) -> float:
+    """Bytes of memory that a process has; on Windows, the most that it has had. NaN: not told."""
+    try:
+        import psutil
+    except ImportError:  # it needs modules of the system's
+        return math.nan
+    with contextlib.suppress(psutil.Error):  # it has ended
+        told = psutil.Process(pid).memory_info()
+        return getattr(told, "peak_wset", told.rss)
+    return math.nan
 
 
 def _work() -> None:
@@ -136,7 +150,7 @@ def _work() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(**fields: object) -> None:
-        print(json.dumps(fields | {"peak": peak()}), file=answers, flush=True)
+        print(json.dumps(fields), file=answers, flush=True)
 
     try:
         what = json.loads(sys.stdin.readline())

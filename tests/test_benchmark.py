@@ -66,6 +66,14 @@ def broken(at: str):
     return model
 
 
+def large(megabytes: int):
+    """It takes that much while it loads, for a tenth of a second, and then has it no more."""
+    filled = np.ones(megabytes * 1_000_000, np.uint8)
+    time.sleep(0.1)
+    del filled
+    return dict
+
+
 def named(label: str, factory: str, /, **arguments) -> contenders.Contender:
     return contenders.pytorch(label, f"{__name__}:{factory}", **arguments)
 
@@ -235,6 +243,25 @@ def test_a_reference_that_fails(tiny):
 def test_a_contender_that_hangs_is_killed():
     answer = run([named("hangs", "broken", at="hang")], timeout=2)
     assert answer.reasons == {"hangs": "no answer within 2 s"}
+
+
+def test_memory_at_the_most_is_the_contenders_own():
+    held = np.ones(600_000_000, np.uint8)  # of this process, which is not counted
+    answer = run([named("small", "large", megabytes=1), named("large", "large", megabytes=400)])
+    peak = {label: one.peak / 1e6 for label, one in answer.measured.items()}
+    assert 10 < peak["small"] < 300
+    assert 350 < peak["large"] - peak["small"] < 450
+    del held
+
+
+def test_peak_of_this_process():
+    before = benchmark.peak_memory()
+    assert 0.01 < before < 100
+    more = before + 0.2
+    held = np.ones(int(more * 2**30), np.uint8)
+    assert benchmark.peak_memory() > more
+    del held
+    assert benchmark.peak_memory() > more
 
 
 def test_a_graph_takes_the_inputs_that_it_knows(tiny):

@@ -135,6 +135,22 @@ def test_readme_links_lead_somewhere():
         assert (ROOT / link).exists(), link
 
 
+def test_readme_installs_as_ci_does_with_any_python_and_on_windows():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    ran = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.+?)```", page.partition("\n## Notebooks")[0], re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block.startswith(
+            "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+        )
+    assert 'python3 -m venv "$venv"' in ran
+    assert blocks[1].strip().endswith(".venv/bin/pytest --nbmake")
+    assert ran.strip().endswith('"$venv/bin/pytest" --nbmake')
+    [windows] = re.findall(r"```powershell\n(.+?)```", page, re.S)
+    assert r".venv\Scripts\pip install -r requirements.txt" in windows
+
+
 def test_requirements_are_pinned_and_used():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert lines[-1] == "-e ."
