@@ -23,24 +23,21 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
+from onnx_ir.passes import common as passes
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+from helpers import external, graph
+from helpers.errors import BadInput
+from helpers.quiet import quiet
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
 LARGE = 2**16  # bytes of a weight that is written by itself
 SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
-# ONNX Runtime's own operator in ONNX's domain, which its optimizer and onnxscript write (T5).
-OWN = "No Op registered for SimplifiedLayerNormalization "
 # A place in C++ source, which the signature of a function follows.
 _PLACE = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+:? ")
 DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
-
-
-class BadInput(ValueError):
-    """What the user gave cannot be worked on: one line with file, expected, found, what to do."""
-
-    def __init__(self, message: object):
-        super().__init__(" ".join(str(message).split()))
 
 
 def session(
@@ -76,7 +73,9 @@ def session(
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder))
     source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    # With its "fallback" it prints errors that it does not know, and tries the same once more.
+    providers = ["CPUExecutionProvider"]
+    return ort.InferenceSession(source, options, providers=providers, enable_fallback=False)
 
 
 def give_back() -> None:
@@ -88,38 +87,99 @@ def give_back() -> None:
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def check(path: str | Path) -> Path:
-    """Return `path`, absolute, if ONNX Runtime can run the model there; else raise `BadInput`."""
+def check(path: str | Path, *, notes: list[str] | None = None) -> Path:
+    """Return `path`, absolute, if ONNX Runtime can run the model there; else raise `BadInput`.
+
+    With `notes`, a model that is valid ONNX and that ONNX Runtime cannot run on the CPU is no
+    error: the reason is added there. ONNX Runtime decides, and not onnx's checker, which refuses
+    some of what it runs (nodes that are not sorted, an output without a shape).
+    """
     path = Path(path).absolute()
     model = _parsed(path)
     _check_external(path, model)
     try:
         ir.from_proto(model)
-        del model  # the checker and the session read the file again
+        del model  # the session reads the file again
         if path.stat().st_size > SLOW:
             gc.collect()  # models are in cycles
             give_back()
-        _run(path)
-    except Exception as error:  # each library raises its own types; all mean that the file is bad
-        raise refused(path, error) from None
+        session(path, optimise=False)
+    except Exception as error:  # each library raises its own types; all mean that it does not load
+        lacking = _lacking(path, error)
+        if notes is None or not lacking:
+            raise refused(path, error, lacking) from None
+        notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {lacking}")
     return path
 
 
-def _run(path: Path) -> None:
-    """Raise whatever onnx's checker or ONNX Runtime raise on the model at `path`."""
+def refused(path: Path, error: Exception, lacking: str = "") -> BadInput:
+    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
+    wanted = f"{path}: expected a model that ONNX Runtime {ort.__version__} can"
+    if lacking := lacking or _lacking(path, error):
+        return BadInput(f"{wanted} run on the CPU, found {lacking}")
+    said = told(error, 700)
     try:
         onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        if OWN not in str(error):
-            raise
-    session(path, optimise=False)
+    except Exception as also:  # of a damaged file, onnx's checker says more
+        said = told(also, 700)
+    return BadInput(f"{wanted} load, found: {said}; export it again, for this version")
 
 
-def refused(path: Path, error: Exception) -> BadInput:
-    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
-    return BadInput(
-        f"{path}: expected a model that ONNX Runtime {ort.__version__} can load, found:"
-        f" {told(error, 700)}; export it again, for this version"
+# What ONNX Runtime says of a model that is whole, and that it cannot run: one node has tensors of
+# two types where its operator has one, or an operator is of a library that is not here.
+_MIXED = re.compile(
+    r"Type parameter \(\w+\) of Optype \((\w+)\) bound to different types \(tensor\((\w+)\) and"
+    r" tensor\((\w+)\) in node \((.*?)\)"
+)
+_NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*?)'")
+_NO_OPERATOR = re.compile(r"(\S+):(\w+)\(-?\d*\) is not a registered function/op")
+
+
+def _lacking(path: Path, error: Exception) -> str:
+    """What ONNX Runtime lacks for the valid model at `path`, and what helps; empty if `error` says
+    something else."""
+    said = told(error, 10_000)
+    if found := _MIXED.search(said):
+        kind, one, two, name = found.groups()
+        at = f" ({name})" if name else ""
+        one, two = _NAMES.get(one, one), _NAMES.get(two, two)
+        return (
+            f"{kind}{at} on {one} and {two} at once, where it takes one type; export it in one type,"
+            f" float32, or put a Cast before it"
+        )
+    if found := _NO_OPERATOR.search(said):
+        return (
+            f"the operator {found[1]}.{found[2]}, which is of a library that is not loaded; export"
+            " it with the operators of the standard"
+        )
+    if isinstance(error, NoKernel) and (found := _NO_KERNEL.search(said)):
+        kind, name = found.groups()
+        types = _types(path, kind, name)
+        at = f" ({name})" if name else ""
+        return (
+            f"{kind}{at}{' on ' if types else ''}{' and '.join(types)}, for which it has no kernel;"
+            " convert the model to float32"
+        )
+    return ""
+
+
+_NAMES = {"float": "float32", "double": "float64"}
+_EVERYWHERE = {ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
+
+
+def _types(path: Path, kind: str, name: str) -> list[str]:
+    """The types that the nodes of that operator and name work on, but those that all kernels know."""
+    model = graph.load(path, weights=False)
+    with quiet(), suppress(Exception):  # what is known without it may be enough
+        passes.ShapeInferencePass()(model)
+    return sorted(
+        {
+            value.dtype.name.lower()
+            for node in graph.nodes(model)
+            if node.op_type == kind and name in (node.name, "")
+            for value in (*node.inputs, *node.outputs)
+            if value is not None and value.dtype is not None and value.dtype not in _EVERYWHERE
+        }
     )
 
 
@@ -173,7 +233,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
                 f"{wanted} {status.st_size} bytes, more than protobuf reads (2 GB); export it"
                 " again, with its weights as external data"
             )
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except BadInput:
         raise
     except FileNotFoundError:
@@ -198,74 +258,46 @@ def _other(start: bytes) -> str:
         return "a zip archive (as PyTorch saves); unpack it, or export the model to ONNX"
     if start[8:10] == b'{"':
         return "a safetensors file; export the model to ONNX"
+    if start[4:8] == b"ORTM":
+        return (
+            "a model in ONNX Runtime's own format (ORT), which holds no ONNX graph; name the .onnx"
+            " file that it was made from"
+        )
     if b"\0" not in start and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
         return "a text file; name the .onnx file, or download it again"
     return ""
 
 
-def _external(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
-    """The tensors whose values are in another file."""
-    tensors = [*getattr(graph, "initializer", ())]
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t, *attribute.tensors]
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _external(inner)
-    yield from (one for one in tensors if one.data_location == onnx.TensorProto.EXTERNAL)
-
-
-def _all_external(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph in (model.graph, *model.functions):
-        yield from _external(graph)
-
-
 def _check_external(path: Path, model: onnx.ModelProto) -> None:
-    """Raise `BadInput` where the external data of the model at `path` is not whole and beside it.
-
-    Links are refused as onnx's checker refuses them: they may lead out of the model's folder.
-    """
-    for tensor in _all_external(model):
+    """Raise `BadInput` where the external data of the model at `path` is not whole, or elsewhere
+    than `external.place` allows."""
+    for tensor in external.tensors(model):
+        file = external.place(path, tensor)
         wanted = f"{path}: expected the values of {tensor.name or 'a tensor'}"
         try:
             data = ExternalDataInfo(tensor)
             offset, length = data.offset or 0, data.length
             count = ir.from_proto(tensor).nbytes
-            location = Path(data.location)
-        except Exception as error:  # no number, no location, or a type that is none
+        except Exception as error:  # no number, or a type that is none
             raise BadInput(f"{wanted} in another file, found: {error}; export it again") from None
-        wanted += f" in {location}"
-        file = path.parent / location
-        inside = file.resolve().is_relative_to(path.parent.resolve())
-        if location.is_absolute() or ".." in location.parts or not inside:
-            raise BadInput(
-                f"{wanted}, found that this leads out of the model's folder; put the data beside"
-                " the model and export it again"
-            )
-        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
-            raise BadInput(
-                f"{wanted}, found a link, which may lead out of the model's folder; put a copy"
-                " there instead"
-            )
-        if not file.is_file():
-            raise BadInput(f"{wanted}, found no such file; put it beside the model")
         size = file.stat().st_size
         if length not in (None, count) or not 0 <= offset <= offset + count <= size:
             raise BadInput(
-                f"{wanted}, {count} bytes from {offset}, found {size} bytes and a length of"
-                f" {length if length is not None else 'none'}: truncated, or not this model's;"
-                " get the file again, or export it again"
+                f"{wanted} in {data.location}, {count} bytes from {offset}, found {size} bytes and"
+                f" a length of {length if length is not None else 'none'}: truncated, or not this"
+                " model's; get the file again, or export it again"
             )
 
 
 def size(path: str | Path) -> int:
     """Bytes on disk of the model at `path`, its external data included."""
-    path = Path(path)
-    model = onnx.load(path, load_external_data=False)
-    return sum(file.stat().st_size for file in {path, *_data(path, model)})
+    return sum(file.stat().st_size for file in {Path(path).absolute(), *data(path)})
 
 
-def _data(path: Path, model: onnx.ModelProto) -> set[Path]:
-    return {path.parent / ExternalDataInfo(tensor).location for tensor in _all_external(model)}
+def data(path: str | Path) -> set[Path]:
+    """The files that hold the external data of the model at `path`; links are followed."""
+    model, folder = external.read(path)
+    return {folder / external.location(tensor) for tensor in external.tensors(model)}
 
 
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +388,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         with replacing(path) as draft:
             yield draft
             try:
-                _run(draft)
+                session(draft, optimise=False)
             except Exception as error:
                 raise refused(path, error) from None
             if len(list(draft.parent.iterdir())) > 1:
@@ -375,10 +407,10 @@ def _move_data(draft: Path, path: Path, moved: list[Path]) -> None:
     """Move the external data of `draft` beside `path`, under new names, added to `moved`."""
     model = onnx.load(draft, load_external_data=False)
     token, names = secrets.token_hex(4), {}
-    for tensor in _all_external(model):
-        [location] = (one for one in tensor.external_data if one.key == "location")
+    for tensor in external.tensors(model):
         new = f"{path.name}.{token}.{len(names)}.data"
-        location.value = names.setdefault(location.value, new)
+        new = names.setdefault(external.location(tensor), new)
+        external.set_location(tensor, new)
     for old, new in names.items():
         moved.append(path.parent / new)
         (draft.parent / old).replace(path.parent / new)
@@ -398,6 +430,7 @@ def write(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+    external.bring_in(model, up_to=LARGE)  # what is larger is copied as it is written
     if weights > ONE_FILE:
         ir.save(model, path, external_data="weights.data")
     else:

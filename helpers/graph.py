@@ -15,7 +15,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from helpers import external
+
 LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+_NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
 
@@ -69,24 +72,56 @@ class Site:
 
 
 def load(path: str | Path, *, weights: bool = True) -> ir.Model:
-    """The model at `path`, its functions inlined.
+    """The model at `path`, its functions inlined, mended as `inline` does.
 
     Without `weights`, tensors above 64 KB are left out: their names, types and shapes are there,
-    their values must not be read. It takes as much less memory.
+    their values must not be read. It takes as much less memory. Raises `BadInput` where external
+    data is not where it may be.
     """
-    path = Path(path).absolute()  # a bare name skips onnx_ir's check on external data
     if weights:
-        model = ir.load(path)
-    else:
-        model = ir.from_proto(without_weights(onnx.load(path, load_external_data=False)))
-    return inline(model)
+        return inline(external.load(path))
+    proto = onnx.load(path, format="protobuf", load_external_data=False)
+    return inline(ir.from_proto(without_weights(proto)))
 
 
 def inline(model: ir.Model) -> ir.Model:
-    """`model`, in place, with its functions inlined."""
+    """`model`, in place, with its functions inlined, and mended where ONNX Runtime needs no mending.
+
+    Nodes are sorted. A domain is imported where an operator is of it, and ONNX's own is called "".
+    Sizes below 0, and names of sizes that are no names (?), are sizes that are not known: axes of
+    such a "name" are independent.
+    """
     if model.functions:
         passes.InlinePass()(model)
+    for inside in model.graphs():
+        _sort(inside)
+        values = [*inside.inputs, *inside.initializers.values()]
+        for node in inside:
+            values += node.outputs
+        for value in values:
+            _mend_shape(value)
     return model
+
+
+def _sort(inside: ir.Graph) -> None:
+    """Sort the nodes, if one reads what a later one of the graph computes."""
+    made: set[ir.Value] = set()
+    for node in inside:
+        reads = ir.traversal.RecursiveGraphIterator([node])
+        for value in (v for one in reads for v in one.inputs if v is not None):
+            if value.producer() and value.graph is inside and value not in made:
+                inside.sort()
+                return
+        made.update(node.outputs)
+
+
+def _mend_shape(value: ir.Value) -> None:
+    if value.shape is None or value.shape.frozen:
+        return
+    for axis, size in enumerate(value.shape):
+        known = size >= 0 if isinstance(size, int) else size.value not in _NO_NAMES
+        if not known:
+            value.shape[axis] = None
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
