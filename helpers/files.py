@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -144,8 +144,8 @@ def _lacking(path: Path, error: Exception) -> str:
         at = f" ({name})" if name else ""
         one, two = _NAMES.get(one, one), _NAMES.get(two, two)
         return (
-            f"{kind}{at} on {one} and {two} at once, where it takes one type; export it in one type,"
-            f" float32, or put a Cast before it"
+            f"{kind}{at} on {one} and {two} at once, where it takes one type; convert the model to"
+            " float32, or put a Cast before it"
         )
     if found := _NO_OPERATOR.search(said):
         return (
@@ -168,7 +168,7 @@ _EVERYWHERE = {ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataT
 
 
 def _types(path: Path, kind: str, name: str) -> list[str]:
-    """The types that the nodes of that operator and name work on, but those that all kernels know."""
+    """The types of the nodes of that operator and name, but for those that all kernels know."""
     model = graph.load(path, weights=False)
     with quiet(), suppress(Exception):  # what is known without it may be enough
         passes.ShapeInferencePass()(model)
@@ -375,12 +375,13 @@ def _remove_left_over(parent: Path) -> None:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
     """Write a model file by `replacing`, its external data included.
 
     Yields a path to write the model to, with any external data beside it. On leaving, the model is
     checked. Its data gets a name that nothing has, and is there before the model is, so that at no
-    moment a model is beside data of another; the old model's data goes last.
+    moment a model is beside data of another; the old model's data goes last, but for what another
+    model still needs: the files to `keep`, without links.
     """
     path = Path(path).absolute()
     moved: list[Path] = []
@@ -399,7 +400,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         raise
     ours = re.compile(rf"{re.escape(path.name)}\.([0-9a-f]{{8}}\.\d+\.)?data")
     for file in path.parent.iterdir():
-        if ours.fullmatch(file.name) and file not in moved:
+        if ours.fullmatch(file.name) and file not in moved and file.resolve() not in keep:
             file.unlink()
 
 

@@ -18,6 +18,7 @@ from onnx_ir.passes import common as passes
 from helpers import external
 
 LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+_QUANTISED = re.compile(r"Quantize|QLinear|Integer\b|NBits|(^|\.)Q[A-Z]|DynamicQ")
 _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
@@ -85,7 +86,7 @@ def load(path: str | Path, *, weights: bool = True) -> ir.Model:
 
 
 def inline(model: ir.Model) -> ir.Model:
-    """`model`, in place, with its functions inlined, and mended where ONNX Runtime needs no mending.
+    """`model`, in place, with its functions inlined, and mended as ONNX Runtime does by itself.
 
     Nodes are sorted. A domain is imported where an operator is of it, and ONNX's own is called "".
     Sizes below 0, and names of sizes that are no names (?), are sizes that are not known: axes of
@@ -116,12 +117,14 @@ def _sort(inside: ir.Graph) -> None:
 
 
 def _mend_shape(value: ir.Value) -> None:
-    if value.shape is None or value.shape.frozen:
+    if value.shape is None:
         return
-    for axis, size in enumerate(value.shape):
-        known = size >= 0 if isinstance(size, int) else size.value not in _NO_NAMES
-        if not known:
-            value.shape[axis] = None
+    sizes = [
+        size if (size >= 0 if isinstance(size, int) else size.value not in _NO_NAMES) else None
+        for size in value.shape
+    ]
+    if None in sizes:
+        value.shape = ir.Shape(sizes)
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -181,10 +184,35 @@ def _consumers(step: Iterable[ir.Node]) -> list[ir.Node]:
     )
 
 
-def counts(model: ir.Model) -> dict[str, int]:
-    """How often each operator occurs, most frequent first."""
-    counted = Counter(node.op_type for node in nodes(model))
+def operator(node: ir.Node) -> str:
+    """What a node does, with its domain where that is not ONNX's own: com.microsoft.Attention."""
+    return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def counts(model: ir.Model, *, domains: bool = True) -> dict[str, int]:
+    """How often each operator occurs, most frequent first; with the `domains` of those that are
+    not ONNX's own, or without, as ONNX Runtime's profile has them."""
+    counted = Counter(operator(node) if domains else node.op_type for node in nodes(model))
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def notes(model: ir.Model) -> list[str]:
+    """What a reader should know of the types that `model` computes in, a line each."""
+    found = Counter(
+        value.dtype
+        for inside in model.graphs()
+        for value in (*inside.inputs, *inside.initializers.values(), *inside.outputs)
+        if value.dtype is not None
+    )
+    lines = []
+    if found[ir.DataType.BFLOAT16]:
+        lines.append("computes in bfloat16, for which ONNX Runtime has few kernels on the CPU")
+    counted = counts(model)
+    quantised = {name: n for name, n in counted.items() if _QUANTISED.search(name)}
+    if quantised:
+        listed = ", ".join(f"{n} {name}" for name, n in quantised.items())
+        lines.append(f"quantised: {listed}")
+    return lines
 
 
 # ── Where a node came from ──────────────────────────────────────────────────────────────────────
