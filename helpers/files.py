@@ -31,6 +31,7 @@ from helpers.errors import BadInput
 from helpers.quiet import quiet
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
+FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime
 LARGE = 2**16  # bytes of a weight that is written by itself
 SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
@@ -70,12 +71,19 @@ def session(
     if write_to is not None:
         options.optimized_model_filepath = str(write_to)
     if folder is not None:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folder))
-    source = model if isinstance(model, bytes) else str(model)
+        options.add_session_config_entry(FOLDER, str(folder))
     # With its "fallback" it prints errors that it does not know, and tries the same once more.
-    providers = ["CPUExecutionProvider"]
-    return ort.InferenceSession(source, options, providers=providers, enable_fallback=False)
+    choice = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
+    if isinstance(model, bytes):
+        return ort.InferenceSession(model, options, **choice)
+    try:
+        return ort.InferenceSession(str(model), options, **choice)
+    except Exception as error:  # in branches and attributes it follows no link to a file of data
+        if "symbolic link" not in str(error):
+            raise
+    proto, folder = external.read(model)
+    options.add_session_config_entry(FOLDER, str(folder))
+    return ort.InferenceSession(proto.SerializeToString(), options, **choice)
 
 
 def give_back() -> None:
@@ -121,8 +129,12 @@ def refused(path: Path, error: Exception, lacking: str = "") -> BadInput:
     try:
         onnx.checker.check_model(str(path))
     except Exception as also:  # of a damaged file, onnx's checker says more
-        said = told(also, 700)
-    return BadInput(f"{wanted} load, found: {said}; export it again, for this version")
+        if "symbolic link" not in str(also):  # which it does not follow
+            said = told(also, 700)
+    helps = "get the file again, or look at what wrote it"
+    if re.search(r"\b(ir|ir_)version\b|\bopset\b", said, re.IGNORECASE) and "import" not in said:
+        helps = "export it again, for this version"
+    return BadInput(f"{wanted} load, found: {said}; {helps}")
 
 
 # What ONNX Runtime says of a model that is whole, and that it cannot run: one node has tensors of
@@ -132,6 +144,7 @@ _MIXED = re.compile(
     r" tensor\((\w+)\) in node \((.*?)\)"
 )
 _NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*?)'")
+_ONE_NAME = re.compile(r"two nodes with same node name \((.*?)\)")
 _NO_OPERATOR = re.compile(r"(\S+):(\w+)\(-?\d*\) is not a registered function/op")
 
 
@@ -152,6 +165,8 @@ def _lacking(path: Path, error: Exception) -> str:
             f"the operator {found[1]}.{found[2]}, which is of a library that is not loaded; export"
             " it with the operators of the standard"
         )
+    if found := _ONE_NAME.search(said):
+        return f"more than one node of the name {found[1]}; give each a name of its own"
     if isinstance(error, NoKernel) and (found := _NO_KERNEL.search(said)):
         kind, name = found.groups()
         types = _types(path, kind, name)

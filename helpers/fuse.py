@@ -135,9 +135,8 @@ def fuse(
             gc.collect()  # models are in cycles
             files.give_back()
             if said := _does_not_load(draft):
-                answer.parity.reason = said
-                answer.at_fault = "what was made of it, as a whole"
-                return answer
+                answer.parity.reason, answer.at_fault = said, "the file as a whole"
+                raise _NotHeld
             print("comparing …", flush=True)
             cases, answer.inputs = feeds.read(inputs, draft if report.repaired else path)
             reference = _reference(path, report)
@@ -147,7 +146,8 @@ def fuse(
             if not answer.held:
                 raise _NotHeld
     except _NotHeld:
-        answer.at_fault = _bisect(path, target, reference, cases, out)
+        if not answer.at_fault:
+            answer.at_fault = _bisect(path, target, reference, cases, out)
     return answer
 
 

@@ -18,6 +18,7 @@ from onnx_ir.passes import common as passes
 from helpers import external
 
 LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+_LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
 _QUANTISED = re.compile(r"Quantize|QLinear|Integer\b|NBits|(^|\.)Q[A-Z]|DynamicQ")
 _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
@@ -92,8 +93,13 @@ def inline(model: ir.Model) -> ir.Model:
     Sizes below 0, and names of sizes that are no names (?), are sizes that are not known: axes of
     such a "name" are independent.
     """
+    opsets = model.opset_imports
+    if "ai.onnx" in opsets:
+        opsets.setdefault("", opsets.pop("ai.onnx"))
     if model.functions:
         passes.InlinePass()(model)
+    for domain in {node.domain for node in nodes(model)} - {*opsets}:
+        opsets[domain] = _LATEST.get(domain, 1)
     for inside in model.graphs():
         _sort(inside)
         values = [*inside.inputs, *inside.initializers.values()]
