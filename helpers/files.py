@@ -23,20 +23,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
-from onnx_ir.passes import common as passes
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from helpers import external, graph
+from helpers import external
 from helpers.errors import BadInput
-from helpers.quiet import quiet
+from helpers.refusals import lacking, refused
+from helpers.refusals import told as told
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
 FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime
 LARGE = 2**16  # bytes of a weight that is written by itself
 SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
-# A place in C++ source, which the signature of a function follows.
-_PLACE = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+:? ")
 DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
@@ -113,119 +110,11 @@ def check(path: str | Path, *, notes: list[str] | None = None) -> Path:
             give_back()
         session(path, optimise=False)
     except Exception as error:  # each library raises its own types; all mean that it does not load
-        lacking = _lacking(path, error)
-        if notes is None or not lacking:
-            raise refused(path, error, lacking) from None
-        notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {lacking}")
+        why = lacking(path, error)
+        if notes is None or not why:
+            raise refused(path, error) from None
+        notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {why}")
     return path
-
-
-def refused(path: Path, error: Exception, lacking: str = "") -> BadInput:
-    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
-    wanted = f"{path}: expected a model that ONNX Runtime {ort.__version__} can"
-    if lacking := lacking or _lacking(path, error):
-        return BadInput(f"{wanted} run on the CPU, found {lacking}")
-    said = told(error, 700)
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as also:  # of a damaged file, onnx's checker says more
-        if "symbolic link" not in str(also):  # which it does not follow
-            said = told(also, 700)
-    helps = "get the file again, or look at what wrote it"
-    if re.search(r"\b(ir|ir_)version\b|\bopset\b", said, re.IGNORECASE) and "import" not in said:
-        helps = "export it again, for this version"
-    return BadInput(f"{wanted} load, found: {said}; {helps}")
-
-
-# What ONNX Runtime says of a model that is whole, and that it cannot run: one node has tensors of
-# two types where its operator has one, or an operator is of a library that is not here.
-_MIXED = re.compile(
-    r"Type parameter \(\w+\) of Optype \((\w+)\) bound to different types \(tensor\((\w+)\) and"
-    r" tensor\((\w+)\) in node \((.*?)\)"
-)
-_NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*?)'")
-_ONE_NAME = re.compile(r"two nodes with same node name \((.*?)\)")
-_NO_OPERATOR = re.compile(r"(\S+):(\w+)\(-?\d*\) is not a registered function/op")
-
-
-def _lacking(path: Path, error: Exception) -> str:
-    """What ONNX Runtime lacks for the valid model at `path`, and what helps; empty if `error` says
-    something else."""
-    said = told(error, 10_000)
-    if found := _MIXED.search(said):
-        kind, one, two, name = found.groups()
-        at = f" ({name})" if name else ""
-        one, two = _NAMES.get(one, one), _NAMES.get(two, two)
-        return (
-            f"{kind}{at} on {one} and {two} at once, where it takes one type; convert the model to"
-            " float32, or put a Cast before it"
-        )
-    if found := _NO_OPERATOR.search(said):
-        return (
-            f"the operator {found[1]}.{found[2]}, which is of a library that is not loaded; export"
-            " it with the operators of the standard"
-        )
-    if found := _ONE_NAME.search(said):
-        return f"more than one node of the name {found[1]}; give each a name of its own"
-    if isinstance(error, NoKernel) and (found := _NO_KERNEL.search(said)):
-        kind, name = found.groups()
-        types = _types(path, kind, name)
-        at = f" ({name})" if name else ""
-        return (
-            f"{kind}{at}{' on ' if types else ''}{' and '.join(types)}, for which it has no kernel;"
-            " convert the model to float32"
-        )
-    return ""
-
-
-_NAMES = {"float": "float32", "double": "float64"}
-_EVERYWHERE = {ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
-
-
-def _types(path: Path, kind: str, name: str) -> list[str]:
-    """The types of the nodes of that operator and name, but for those that all kernels know."""
-    model = graph.load(path, weights=False)
-    with quiet(), suppress(Exception):  # what is known without it may be enough
-        passes.ShapeInferencePass()(model)
-    return sorted(
-        {
-            value.dtype.name.lower()
-            for node in graph.nodes(model)
-            if node.op_type == kind and name in (node.name, "")
-            for value in (*node.inputs, *node.outputs)
-            if value is not None and value.dtype is not None and value.dtype not in _EVERYWHERE
-        }
-    )
-
-
-def told(error: object, limit: int = 300) -> str:
-    """What `error`, of ONNX Runtime or another library, says: one line of at most `limit`
-    characters, without its codes and the places in its C++ source."""
-    said = " ".join(str(error).split())
-    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
-    while place := _PLACE.search(said):
-        said = said[: place.start()] + said[_signature_end(said, place) :].lstrip()
-    said = said.strip(".; ") or type(error).__name__
-    return said if len(said) <= limit else f"{said[:limit].rstrip()} …"
-
-
-def _signature_end(said: str, place: re.Match) -> int:
-    """Where the function's signature ends that stands behind `place`, as compilers write it."""
-    if "\\" in place[0]:  # Microsoft's compiler writes the name alone
-        return place.end() + len(said[place.end() :].split(" ")[0])
-    end = start = said.find("(", place.end())
-    while start >= 0:
-        depth = 0
-        for end in range(start, len(said)):
-            depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(said[end], 0)
-            if not depth:
-                break
-        rest = said[end + 1 :]
-        # ``(int)::<lambda(int)>``, ``(int) const``, ``(int) const [with T = float]``
-        more = re.match(r"[^\s()\[\]][^()]*(?=\()|( const\b)? (?=\[with )| const\b", rest)
-        end += 1 + (more.end() if more else 0)
-        start = end if said[end : end + 1] in ("(", "[") else -1
-    return max(end, place.end())
 
 
 def _parsed(path: Path) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from helpers import external
 
 LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
 _LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
-_QUANTISED = re.compile(r"Quantize|QLinear|Integer\b|NBits|(^|\.)Q[A-Z]|DynamicQ")
+_QUANTISED = re.compile(r"[Qq]uantize|QLinear|Integer$|NBits|(^|\.)Q[A-Z]")
 _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
