@@ -113,9 +113,9 @@ def _optimised(
     with quiet():
         ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
         light = not save and not draft and files.size(path) > files.ONE_FILE
-        leave_out = optimizers.without_large_weights() if light else contextlib.nullcontext()
+        reading = optimizers.without_large_weights if light else optimizers.following_links
         try:
-            with watch, leave_out:
+            with watch, reading():
                 made = optimizer.optimize_model(str(path), name, *choice)
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             made = _raised(watch, error)

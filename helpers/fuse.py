@@ -112,7 +112,8 @@ def fuse(
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     path, out = Path(path).absolute(), Path(out).absolute()
-    _keep_apart(path, out)
+    data = files.data(path)
+    _keep_apart(path, data, out)
     report = _Report()
     model = _stepped(path, target, report)
     sites = graph.sites(model)
@@ -129,7 +130,7 @@ def fuse(
         "none",
     )
     try:
-        with files.writing(out, keep=files.data(path)) as draft:
+        with files.writing(out, keep=data) as draft:
             files.write(model, draft)
             del model, sites
             gc.collect()  # models are in cycles
@@ -151,9 +152,9 @@ def fuse(
     return answer
 
 
-def _keep_apart(path: Path, out: Path) -> None:
-    """Raise `BadInput` where to write `out` would replace the model at `path`, or its data."""
-    for file, what in ((path, "the input"), *((one, "its data") for one in files.data(path))):
+def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
+    """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
+    for file, what in ((path, "the input"), *((one, "its data") for one in data)):
         if not out.exists() or not out.samefile(file):
             continue
         # A link is replaced, which leaves alone what it leads to, unless the input leads there too.

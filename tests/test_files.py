@@ -409,6 +409,24 @@ def test_data_in_a_folder_within_the_models(tmp_path):
     assert graph.load(path).graph.initializers["wq"].const_value.numpy().shape == (8, 8)
 
 
+@pytest.mark.parametrize("level", [None, 0, 1])
+def test_every_command_works_in_a_hub(level, tmp_path, capfd):
+    path = write(tmp_path / "a.onnx")
+    path = str(in_a_hub(path, all_external(path, "a.data")))
+    commands = [["explain", path, "--model-type", "bert", "--opt-level", f"{level}", "--json"]]
+    if level is None:
+        commands = [
+            ["inspect", path],
+            ["view", path, "--json"],
+            ["compare", path, path],
+            ["fuse", path, str(tmp_path / "out.onnx")],
+            ["explain", path, "--rules", "onnxscript", "--parity"],
+        ]
+    for command in commands:
+        assert main(command) == 0, command
+        assert "symbolic" not in capfd.readouterr().out
+
+
 LINKS = {  # what is done to the data of a model that is in a hub, and what is said of it
     "another folder": (
         lambda p, data: (data.rename(p / "w"), (p / "l").symlink_to(p / "w")),
