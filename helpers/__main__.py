@@ -116,7 +116,7 @@ def _save_cut(arguments: argparse.Namespace, found: Any) -> None:
     shown = view.cut(arguments.model, **marks)
     model = graph.load(arguments.model)
     taken = [graph.find(model, node.outputs[0].name) for node in shown.model.graph]
-    files.save(graph.cut_out(model, taken), arguments.save)
+    files.save(graph.cut_out(model, taken), arguments.save, keep=files.data(arguments.model))
 
 
 def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:

@@ -263,7 +263,9 @@ def _raised(watch: Watch, error: Exception) -> Reason:
         file=source.file_of(frame.f_code),
         line=line,
         anchor=call.anchor if call else None,
-        message=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
+        message=f"{type(error).__name__}: {files.told(error, 1000)}"
+        if str(error)
+        else type(error).__name__,
     )
     reason.source, operands = source.statement(step, write)
     if watch.unfinished is not None:

@@ -302,7 +302,7 @@ def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
         for file in moved:
             file.unlink(missing_ok=True)
         raise
-    ours = re.compile(rf"{re.escape(path.name)}\.([0-9a-f]{{8}}\.\d+\.)?data")
+    ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.\d+\.data")
     for file in path.parent.iterdir():
         if ours.fullmatch(file.name) and file not in moved and file.resolve() not in keep:
             file.unlink()
@@ -391,9 +391,9 @@ def _key(field: int, length: int) -> bytes:
     return bytes([*found, length])
 
 
-def save(model: ir.Model, path: str | Path) -> Path:
+def save(model: ir.Model, path: str | Path, *, keep: Collection[Path] = ()) -> Path:
     """Save `model` by `writing`, as `write` does; returns the absolute path."""
     path = Path(path).absolute()
-    with writing(path) as draft:
+    with writing(path, keep=keep) as draft:
         write(model, draft)
     return path

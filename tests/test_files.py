@@ -536,3 +536,16 @@ def test_what_onnxruntime_runs_is_let_in(kind, tmp_path, capsys):
     feed = {"given": np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)}
     one, two = (files.session(file).run(["y"], feed)[0] for file in (plain, copy))
     np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_a_draft_that_the_cpu_cannot_run_is_named_as_what_it_was_to_be(tmp_path):
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (bfloat16[2,4] x) => (bfloat16[2,4] y) { y = Erf (x) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    out = tmp_path / "out.onnx"
+    with pytest.raises(
+        files.BadInput, match=r"out\.onnx: expected .* found Erf on bfloat16"
+    ) as said:
+        files.save(model, out)
+    assert str(said.value).startswith(f"{out}: expected ")
+    assert not list(tmp_path.iterdir())
