@@ -209,9 +209,8 @@ def _made(
         with export.quiet():
             make(target)
     except Exception as error:  # whatever a tool raises is the reason why there is no file
-        said = re.sub(
-            rf"{re.escape(str(source.parent))}/(\.writing-[^/]+/)?", "", files.told(error, 10_000)
-        )
+        folder = rf"{re.escape(str(source.parent))}/(\.writing-[^/]+/)?"
+        said = re.sub(folder, "", files.told(error, 10_000))
         said = textwrap.shorten(f"{type(error).__name__}: {said}", 240, placeholder=" …")
         return Contender(label, kind, reason=said)
     return onnx(label, target, kind)

@@ -263,9 +263,7 @@ def _raised(watch: Watch, error: Exception) -> Reason:
         file=source.file_of(frame.f_code),
         line=line,
         anchor=call.anchor if call else None,
-        message=f"{type(error).__name__}: {files.told(error, 1000)}"
-        if str(error)
-        else type(error).__name__,
+        message=files.raised(error),
     )
     reason.source, operands = source.statement(step, write)
     if watch.unfinished is not None:

@@ -27,6 +27,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from helpers import external
 from helpers.errors import BadInput
 from helpers.refusals import lacking, refused
+from helpers.refusals import raised as raised
 from helpers.refusals import told as told
 
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
@@ -295,7 +296,7 @@ def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
             try:
                 session(draft, optimise=False)
             except Exception as error:
-                raise refused(path, error) from None
+                raise refused(draft, error, named=path) from None
             if len(list(draft.parent.iterdir())) > 1:
                 _move_data(draft, path, moved)
     except BaseException:

@@ -50,9 +50,10 @@ _NAMES = {"float": "float32", "double": "float64"}  # of types, where ONNX Runti
 _EVERYWHERE = {ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 
 
-def refused(path: Path, error: Exception) -> BadInput:
-    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
-    wanted = f"{path}: expected a model that ONNX Runtime {ort.__version__} can"
+def refused(path: Path, error: Exception, *, named: Path | None = None) -> BadInput:
+    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`; a
+    draft is `named` as what it was to be."""
+    wanted = f"{named or path}: expected a model that ONNX Runtime {ort.__version__} can"
     if why := lacking(path, error):
         return BadInput(f"{wanted} run on the CPU, found {why}")
     said = told(error, 700)
@@ -111,6 +112,12 @@ def told(error: object, limit: int = 300) -> str:
         said = said[: place.start()] + said[_signature_end(said, place) :].lstrip()
     said = said.strip(".; ") or type(error).__name__
     return said if len(said) <= limit else f"{said[:limit].rstrip()} …"
+
+
+def raised(error: Exception) -> str:
+    """The kind of `error`, and what it says, as `told` does."""
+    kind = type(error).__name__
+    return f"{kind}: {told(error, 1000)}" if str(error) else kind
 
 
 def _signature_end(said: str, place: re.Match) -> int:
