@@ -21,14 +21,18 @@ class _Parser(argparse.ArgumentParser):
 
 def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import graph
+    from helpers.fusions import repairs
 
-    model = graph.load(files.check(arguments.model), weights=False)
+    notes: list[str] = []
+    model = graph.load(files.check(arguments.model, notes=notes), weights=False)
+    notes += [*graph.notes(model), *repairs.notes(model)]
     sites, operators = graph.sites(model), graph.counts(model)
     answer = {
         "opset": dict(model.opset_imports),
         "nodes": sum(operators.values()),
         "operators": operators,
         "sites": [{"name": s.name, "fused": s.fused, "layer": s.layer} for s in sites],
+        "notes": notes,
     }
     opsets = ", ".join(f"{name or 'ai.onnx'} {opset}" for name, opset in answer["opset"].items())
     fused = sum(site.fused for site in sites)
@@ -40,6 +44,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             f"  {'fused  ' if s.fused else 'unfused'}  {s.name:<{width}}  {s.layer or ''}".rstrip()
             for s in sites
         ),
+        *(f"note: {note}" for note in notes),
         "operators",
         *(f"  {count:>6}  {operator}" for operator, count in operators.items()),
     ]
@@ -108,7 +113,7 @@ def _save_cut(arguments: argparse.Namespace, found: Any) -> None:
     shown = view.cut(arguments.model, **marks)
     model = graph.load(arguments.model)
     taken = [graph.find(model, node.outputs[0].name) for node in shown.model.graph]
-    files.save(graph.cut_out(model, taken), arguments.save)
+    files.save(graph.cut_out(model, taken), arguments.save, keep=files.data(arguments.model))
 
 
 def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:

@@ -314,7 +314,10 @@ def run(
         for c in contenders
         if c.path and any(c.label in found for found in measured.values())
     }
-    counts = {label: graph.counts(graph.load(path, weights=False)) for label, path in ran.items()}
+    counts = {
+        label: graph.counts(graph.load(path, weights=False), domains=False)
+        for label, path in ran.items()
+    }
     megabytes = {label: files.size(path) / 1e6 for label, path in ran.items()}
     return {
         case: Result(

@@ -211,7 +211,7 @@ def _made(
             make(target)
     except Exception as error:  # whatever a tool raises is the reason why there is no file
         folder = rf"{re.escape(str(source.parent))}[/\\](\.writing-[^/\\]+[/\\]files[/\\])?"
-        said = re.sub(folder, "", str(error))
+        said = re.sub(folder, "", files.told(error, 10_000))
         said = textwrap.shorten(f"{type(error).__name__}: {said}", 240, placeholder=" …")
         return Contender(label, kind, reason=said)
     return onnx(label, target, kind)

@@ -49,7 +49,7 @@ def run(architecture: str, route: str, folder: Path) -> Iterator[Result]:
         with quiet():
             export.export(small.make(attention), small.inputs(), path, way)
     except Exception as error:  # whatever an exporter raises
-        reason = f"{type(error).__name__}: {error}"[:200]
+        reason = f"{type(error).__name__}: {files.told(error, 200)}"
         for fuser in FUSERS:
             yield Result(architecture, route, small.sites, fuser, 0, NONE, reason)
         return
@@ -76,7 +76,7 @@ def judge(path: Path, made: Path) -> tuple[int, str, str]:
             one = parity.compare(path, [made], cases, description).candidates[0]
         fused = sum(site.fused for site in graph.sites(graph.load(made, weights=False)))
     except Exception as error:
-        return 0, FAILED, str(error)[:200]
+        return 0, FAILED, files.told(error, 200)
     if not one.held:
         failed = one.reason is not None and ("fails on" in one.reason or "load" in one.reason)
         return (

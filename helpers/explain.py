@@ -114,9 +114,9 @@ def _optimised(
     with quiet():
         ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
         light = not save and not draft and files.size(path) > files.ONE_FILE
-        leave_out = optimizers.without_large_weights() if light else contextlib.nullcontext()
+        reading = optimizers.without_large_weights if light else optimizers.following_links
         try:
-            with watch, leave_out:
+            with watch, reading():
                 made = optimizer.optimize_model(str(path), name, *choice)
         except ModuleNotFoundError as error:  # of a package that it needs, PyTorch
             light = ", or take --opt-level 0 and no --what-if" if error.name == "torch" else ""
@@ -267,7 +267,7 @@ def _raised(watch: Watch, error: Exception) -> Reason:
         file=source.file_of(frame.f_code),
         line=line,
         anchor=call.anchor if call else None,
-        message=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
+        message=files.raised(error),
     )
     reason.source, operands = source.statement(step, write)
     if watch.unfinished is not None:

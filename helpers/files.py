@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -23,24 +23,20 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
 
+from helpers import external
+from helpers.errors import BadInput
+from helpers.refusals import lacking, refused
+from helpers.refusals import raised as raised
+from helpers.refusals import told as told
+
 ONE_FILE = 1_500_000_000  # bytes of weights up to which a model is one file; protobuf ends at 2 GB
+FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime
 LARGE = 2**16  # bytes of a weight that is written by itself
 SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
-# ONNX Runtime's own operator in ONNX's domain, which its optimizer and onnxscript write (T5).
-OWN = "No Op registered for SimplifiedLayerNormalization "
-# A place in C++ source, which the signature of a function follows.
-_PLACE = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h|hpp):\d+:? ")
 DRAFT = ".writing-"  # how the folder begins in which a file is written before it is moved
 LOCK = "lock"  # the file in it that is locked by who writes there
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
-
-
-class BadInput(ValueError):
-    """What the user gave cannot be worked on: one line with file, expected, found, what to do."""
-
-    def __init__(self, message: object):
-        super().__init__(" ".join(str(message).split()))
 
 
 def session(
@@ -73,10 +69,19 @@ def session(
     if write_to is not None:
         options.optimized_model_filepath = str(write_to)
     if folder is not None:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folder))
-    source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry(FOLDER, str(folder))
+    # With its "fallback" it prints errors that it does not know, and tries the same once more.
+    choice = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
+    if isinstance(model, bytes):
+        return ort.InferenceSession(model, options, **choice)
+    try:
+        return ort.InferenceSession(str(model), options, **choice)
+    except Exception as error:  # in branches and attributes it follows no link to a file of data
+        if "symbolic link" not in str(error):
+            raise
+    proto, folder = external.read(model)
+    options.add_session_config_entry(FOLDER, str(folder))
+    return ort.InferenceSession(proto.SerializeToString(), options, **choice)
 
 
 def give_back() -> None:
@@ -88,69 +93,29 @@ def give_back() -> None:
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def check(path: str | Path) -> Path:
-    """Return `path`, absolute, if ONNX Runtime can run the model there; else raise `BadInput`."""
+def check(path: str | Path, *, notes: list[str] | None = None) -> Path:
+    """Return `path`, absolute, if ONNX Runtime can run the model there; else raise `BadInput`.
+
+    With `notes`, a model that is valid ONNX and that ONNX Runtime cannot run on the CPU is no
+    error: the reason is added there. ONNX Runtime decides, and not onnx's checker, which refuses
+    some of what it runs (nodes that are not sorted, an output without a shape).
+    """
     path = Path(path).absolute()
     model = _parsed(path)
     _check_external(path, model)
     try:
         ir.from_proto(model)
-        del model  # the checker and the session read the file again
+        del model  # the session reads the file again
         if path.stat().st_size > SLOW:
             gc.collect()  # models are in cycles
             give_back()
-        _run(path)
-    except Exception as error:  # each library raises its own types; all mean that the file is bad
-        raise refused(path, error) from None
+        session(path, optimise=False)
+    except Exception as error:  # each library raises its own types; all mean that it does not load
+        why = lacking(path, error)
+        if notes is None or not why:
+            raise refused(path, error) from None
+        notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {why}")
     return path
-
-
-def _run(path: Path) -> None:
-    """Raise whatever onnx's checker or ONNX Runtime raise on the model at `path`."""
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        if OWN not in str(error):
-            raise
-    session(path, optimise=False)
-
-
-def refused(path: Path, error: Exception) -> BadInput:
-    """What is raised where ONNX Runtime does not load the model at `path`, because of `error`."""
-    return BadInput(
-        f"{path}: expected a model that ONNX Runtime {ort.__version__} can load, found:"
-        f" {told(error, 700)}; export it again, for this version"
-    )
-
-
-def told(error: object, limit: int = 300) -> str:
-    """What `error`, of ONNX Runtime or another library, says: one line of at most `limit`
-    characters, without its codes and the places in its C++ source."""
-    said = " ".join(str(error).split())
-    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
-    while place := _PLACE.search(said):
-        said = said[: place.start()] + said[_signature_end(said, place) :].lstrip()
-    said = said.strip(".; ") or type(error).__name__
-    return said if len(said) <= limit else f"{said[:limit].rstrip()} …"
-
-
-def _signature_end(said: str, place: re.Match) -> int:
-    """Where the function's signature ends that stands behind `place`, as compilers write it."""
-    if "\\" in place[0]:  # Microsoft's compiler writes the name alone
-        return place.end() + len(said[place.end() :].split(" ")[0])
-    end = start = said.find("(", place.end())
-    while start >= 0:
-        depth = 0
-        for end in range(start, len(said)):
-            depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(said[end], 0)
-            if not depth:
-                break
-        rest = said[end + 1 :]
-        # ``(int)::<lambda(int)>``, ``(int) const``, ``(int) const [with T = float]``
-        more = re.match(r"[^\s()\[\]][^()]*(?=\()|( const\b)? (?=\[with )| const\b", rest)
-        end += 1 + (more.end() if more else 0)
-        start = end if said[end : end + 1] in ("(", "[") else -1
-    return max(end, place.end())
 
 
 def _parsed(path: Path) -> onnx.ModelProto:
@@ -173,7 +138,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
                 f"{wanted} {status.st_size} bytes, more than protobuf reads (2 GB); export it"
                 " again, with its weights as external data"
             )
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except BadInput:
         raise
     except FileNotFoundError:
@@ -198,74 +163,46 @@ def _other(start: bytes) -> str:
         return "a zip archive (as PyTorch saves); unpack it, or export the model to ONNX"
     if start[8:10] == b'{"':
         return "a safetensors file; export the model to ONNX"
+    if start[4:8] == b"ORTM":
+        return (
+            "a model in ONNX Runtime's own format (ORT), which holds no ONNX graph; name the .onnx"
+            " file that it was made from"
+        )
     if b"\0" not in start and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
         return "a text file; name the .onnx file, or download it again"
     return ""
 
 
-def _external(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
-    """The tensors whose values are in another file."""
-    tensors = [*getattr(graph, "initializer", ())]
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t, *attribute.tensors]
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _external(inner)
-    yield from (one for one in tensors if one.data_location == onnx.TensorProto.EXTERNAL)
-
-
-def _all_external(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph in (model.graph, *model.functions):
-        yield from _external(graph)
-
-
 def _check_external(path: Path, model: onnx.ModelProto) -> None:
-    """Raise `BadInput` where the external data of the model at `path` is not whole and beside it.
-
-    Links are refused as onnx's checker refuses them: they may lead out of the model's folder.
-    """
-    for tensor in _all_external(model):
+    """Raise `BadInput` where the external data of the model at `path` is not whole, or elsewhere
+    than `external.place` allows."""
+    for tensor in external.tensors(model):
+        file = external.place(path, tensor)
         wanted = f"{path}: expected the values of {tensor.name or 'a tensor'}"
         try:
             data = ExternalDataInfo(tensor)
             offset, length = data.offset or 0, data.length
             count = ir.from_proto(tensor).nbytes
-            location = Path(data.location)
-        except Exception as error:  # no number, no location, or a type that is none
+        except Exception as error:  # no number, or a type that is none
             raise BadInput(f"{wanted} in another file, found: {error}; export it again") from None
-        wanted += f" in {location}"
-        file = path.parent / location
-        inside = file.resolve().is_relative_to(path.parent.resolve())
-        if location.is_absolute() or ".." in location.parts or not inside:
-            raise BadInput(
-                f"{wanted}, found that this leads out of the model's folder; put the data beside"
-                " the model and export it again"
-            )
-        if file.is_symlink() or (file.is_file() and file.stat().st_nlink > 1):
-            raise BadInput(
-                f"{wanted}, found a link, which may lead out of the model's folder; put a copy"
-                " there instead"
-            )
-        if not file.is_file():
-            raise BadInput(f"{wanted}, found no such file; put it beside the model")
         size = file.stat().st_size
         if length not in (None, count) or not 0 <= offset <= offset + count <= size:
             raise BadInput(
-                f"{wanted}, {count} bytes from {offset}, found {size} bytes and a length of"
-                f" {length if length is not None else 'none'}: truncated, or not this model's;"
-                " get the file again, or export it again"
+                f"{wanted} in {data.location}, {count} bytes from {offset}, found {size} bytes and"
+                f" a length of {length if length is not None else 'none'}: truncated, or not this"
+                " model's; get the file again, or export it again"
             )
 
 
 def size(path: str | Path) -> int:
     """Bytes on disk of the model at `path`, its external data included."""
-    path = Path(path)
-    model = onnx.load(path, load_external_data=False)
-    return sum(file.stat().st_size for file in {path, *_data(path, model)})
+    return sum(file.stat().st_size for file in {Path(path).absolute(), *data(path)})
 
 
-def _data(path: Path, model: onnx.ModelProto) -> set[Path]:
-    return {path.parent / ExternalDataInfo(tensor).location for tensor in _all_external(model)}
+def data(path: str | Path) -> set[Path]:
+    """The files that hold the external data of the model at `path`; links are followed."""
+    model, folder = external.read(path)
+    return {folder / external.location(tensor) for tensor in external.tensors(model)}
 
 
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────
@@ -346,12 +283,13 @@ def _remove_left_over(parent: Path) -> None:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
     """Write a model file by `replacing`, its external data included.
 
     Yields a path to write the model to, with any external data beside it. On leaving, the model is
     checked. Its data gets a name that nothing has, and is there before the model is, so that at no
-    moment a model is beside data of another; the old model's data goes last.
+    moment a model is beside data of another; the old model's data goes last, but for what another
+    model still needs: the files to `keep`, without links.
     """
     path = Path(path).absolute()
     moved: list[Path] = []
@@ -359,18 +297,18 @@ def writing(path: str | Path) -> Iterator[Path]:
         with replacing(path) as draft:
             yield draft
             try:
-                _run(draft)
+                session(draft, optimise=False)
             except Exception as error:
-                raise refused(path, error) from None
+                raise refused(draft, error, named=path) from None
             if len(list(draft.parent.iterdir())) > 1:
                 _move_data(draft, path, moved)
     except BaseException:
         for file in moved:
             file.unlink(missing_ok=True)
         raise
-    ours = re.compile(rf"{re.escape(path.name)}\.([0-9a-f]{{8}}\.\d+\.)?data")
+    ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.\d+\.data")
     for file in path.parent.iterdir():
-        if ours.fullmatch(file.name) and file not in moved:
+        if ours.fullmatch(file.name) and file not in moved and file.resolve() not in keep:
             file.unlink()
 
 
@@ -378,10 +316,10 @@ def _move_data(draft: Path, path: Path, moved: list[Path]) -> None:
     """Move the external data of `draft` beside `path`, under new names, added to `moved`."""
     model = onnx.load(draft, load_external_data=False)
     token, names = secrets.token_hex(4), {}
-    for tensor in _all_external(model):
-        [location] = (one for one in tensor.external_data if one.key == "location")
+    for tensor in external.tensors(model):
         new = f"{path.name}.{token}.{len(names)}.data"
-        location.value = names.setdefault(location.value, new)
+        new = names.setdefault(external.location(tensor), new)
+        external.set_location(tensor, new)
     for old, new in names.items():
         moved.append(path.parent / new)
         (draft.parent / old).replace(path.parent / new)
@@ -401,6 +339,7 @@ def write(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+    external.bring_in(model, up_to=LARGE)  # what is larger is copied as it is written
     if weights > ONE_FILE:
         ir.save(model, path, external_data="weights.data")
     else:
@@ -456,9 +395,9 @@ def _key(field: int, length: int) -> bytes:
     return bytes([*found, length])
 
 
-def save(model: ir.Model, path: str | Path) -> Path:
+def save(model: ir.Model, path: str | Path, *, keep: Collection[Path] = ()) -> Path:
     """Save `model` by `writing`, as `write` does; returns the absolute path."""
     path = Path(path).absolute()
-    with writing(path) as draft:
+    with writing(path, keep=keep) as draft:
         write(model, draft)
     return path

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
-from helpers import feeds, files, graph, parity
+from helpers import external, feeds, files, graph, parity
 from helpers.fusions import (
     attention,
     gelu,
@@ -27,6 +28,7 @@ from helpers.fusions import (
     heads,
     multi_head,
     normalization,
+    quantized,
     repairs,
     residual,
 )
@@ -39,8 +41,10 @@ TARGETS = ("portable", "cpu")
 @dataclasses.dataclass
 class Fused:
     """What `fuse` did: sites and how many of them are fused, the operators that fuse them, and how
-    the result compares. `left` and `repaired` have a line for each site, or node. `at_fault` names
-    the step from which on parity did not hold; there is no file then."""
+    the result compares. `left` and `repaired` have a line for each site, or node; `not_portable`,
+    for the target of that name, one for each operator outside the standard that the input had and
+    the file still has. `at_fault` names the step from which on parity did not hold, or says that
+    the file does not load; there is no file then."""
 
     path: Path
     sites: int
@@ -48,6 +52,7 @@ class Fused:
     operators: dict[str, int]
     left: list[str]
     repaired: list[str]
+    not_portable: list[str]
     parity: parity.Candidate
     inputs: str
     at_fault: str | None = None
@@ -66,15 +71,18 @@ class Fused:
             "parity": compared | {"where": reason or compared["where"], "inputs": self.inputs},
             "repaired": self.repaired,
             "left": self.left,
+            "not_portable": self.not_portable,
             "at_fault": self.at_fault,
         }
 
     def __str__(self) -> str:
         operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        sites = f"{self.sites} attention sites, {self.fused} fused ({operators or 'none'})"
         lines = [
-            f"{self.sites} attention sites, {self.fused} fused ({operators or 'none'})",
+            sites if self.sites else "no attention site: there was nothing to fuse",
             *(f"left: {line}" for line in self.left),
             *(f"repaired: {line}" for line in self.repaired),
+            *(f"not of the standard: {line}" for line in self.not_portable),
             f"inputs {self.inputs}",
             self.parity.said(),
             str(self.parity),
@@ -105,38 +113,75 @@ def fuse(
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     path, out = Path(path).absolute(), Path(out).absolute()
-    if out.exists() and out.samefile(path):
-        raise files.BadInput(f"{out}: expected another file than the input; choose another name")
+    data = files.data(path)
+    _keep_apart(path, data, out)
     report = _Report()
     model = _stepped(path, target, report)
     sites = graph.sites(model)
-    names = [site.node.op_type for site in sites if site.fused]
+    names = [graph.operator(site.node) for site in sites if site.fused]
+    answer = Fused(
+        out,
+        report.sites,
+        len(names),
+        {name: names.count(name) for name in dict.fromkeys(names)},
+        report.left,
+        report.repaired,
+        _not_portable(model) if target == "portable" else [],
+        parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
+        "none",
+    )
     try:
-        with files.writing(out) as draft:
+        with files.writing(out, keep=data) as draft:
             files.write(model, draft)
             del model, sites
             gc.collect()  # models are in cycles
             files.give_back()
+            if said := _does_not_load(draft):
+                answer.parity.reason, answer.at_fault = said, "the file as a whole"
+                raise _NotHeld
             print("comparing …", flush=True)
-            cases, description = feeds.read(inputs, draft if report.repaired else path)
+            cases, answer.inputs = feeds.read(inputs, draft if report.repaired else path)
             reference = _reference(path, report)
-            compared = parity.compare(reference, [draft], cases, description)
-            answer = Fused(
-                out,
-                report.sites,
-                len(names),
-                {name: names.count(name) for name in dict.fromkeys(names)},
-                report.left,
-                report.repaired,
-                compared.candidates[0],
-                compared.inputs,
-            )
+            compared = parity.compare(reference, [draft], cases, answer.inputs)
+            [answer.parity], answer.inputs = compared.candidates, compared.inputs
             answer.parity.name = str(out)
             if not answer.held:
                 raise _NotHeld
     except _NotHeld:
-        answer.at_fault = _bisect(path, target, reference, cases, out)
+        if not answer.at_fault:
+            answer.at_fault = _bisect(path, target, reference, cases, out)
     return answer
+
+
+def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
+    """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
+    for file, what in ((path, "the input"), *((one, "its data") for one in data)):
+        if not out.exists() or not out.samefile(file):
+            continue
+        # A link is replaced, which leaves alone what it leads to, unless the input leads there too.
+        if not out.is_symlink() or path.is_symlink():
+            raise files.BadInput(
+                f"{out}: expected another file than the input, found {what}; choose another name"
+            )
+
+
+def _does_not_load(draft: Path) -> str | None:
+    try:
+        files.session(draft)
+    except Exception as error:  # ONNX Runtime's own types
+        return f"does not load in ONNX Runtime: {files.told(error)}"
+    return None
+
+
+def _not_portable(model: ir.Model) -> list[str]:
+    """The operators outside ONNX's standard, with how many there are."""
+    own = {  # ONNX Runtime writes some of its own into ONNX's domain
+        graph.operator(node)
+        for node in graph.nodes(model)
+        if not onnx.defs.has(node.op_type, node.domain)
+    }
+    counted = graph.counts(model).items()
+    return [f"{name} × {count}" for name, count in counted if name in own]
 
 
 @dataclasses.dataclass
@@ -160,6 +205,7 @@ def _stepped(path: Path, target: str, report: _Report, number: int | None = None
     for i, _ in enumerate(_steps(model, target, report), 1):
         if i == number:
             break
+    quantized.move_first(model)
     clean(model)
     return model
 
@@ -245,7 +291,9 @@ def _bisect(
 def _reference(path: Path, report: _Report) -> parity.Model:
     """What to compare with: the model at `path`, run in the way that it can be run."""
     if report.by_definition:
-        evaluator = ReferenceEvaluator(str(path))  # by the operators' definitions, in numpy
+        model = graph.load(path)
+        external.bring_in(model)
+        evaluator = ReferenceEvaluator(ir.to_proto(model))  # as operators are defined, in numpy
 
         def run(arrays: parity.Outputs) -> parity.Outputs:
             return dict(zip(evaluator.output_names, evaluator.run(None, arrays), strict=True))

@@ -15,7 +15,12 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from helpers import external
+
 LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+_LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
+_QUANTISED = re.compile(r"[Qq]uantize|QLinear|Integer$|NBits|(^|\.)Q[A-Z]")
+_NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
 MICROSOFT = "com.microsoft"
 
@@ -69,24 +74,63 @@ class Site:
 
 
 def load(path: str | Path, *, weights: bool = True) -> ir.Model:
-    """The model at `path`, its functions inlined.
+    """The model at `path`, its functions inlined, mended as `inline` does.
 
     Without `weights`, tensors above 64 KB are left out: their names, types and shapes are there,
-    their values must not be read. It takes as much less memory.
+    their values must not be read. It takes as much less memory. Raises `BadInput` where external
+    data is not where it may be.
     """
-    path = Path(path).absolute()  # a bare name skips onnx_ir's check on external data
     if weights:
-        model = ir.load(path)
-    else:
-        model = ir.from_proto(without_weights(onnx.load(path, load_external_data=False)))
-    return inline(model)
+        return inline(external.load(path))
+    proto = onnx.load(path, format="protobuf", load_external_data=False)
+    return inline(ir.from_proto(without_weights(proto)))
 
 
 def inline(model: ir.Model) -> ir.Model:
-    """`model`, in place, with its functions inlined."""
+    """`model`, in place, with its functions inlined, and mended as ONNX Runtime does by itself.
+
+    Nodes are sorted. A domain is imported where an operator is of it, and ONNX's own is called "".
+    Sizes below 0, and names of sizes that are no names (?), are sizes that are not known: axes of
+    such a "name" are independent.
+    """
+    opsets = model.opset_imports
+    if "ai.onnx" in opsets:
+        opsets.setdefault("", opsets.pop("ai.onnx"))
     if model.functions:
         passes.InlinePass()(model)
+    for domain in {node.domain for node in nodes(model)} - {*opsets}:
+        opsets[domain] = _LATEST.get(domain, 1)
+    for inside in model.graphs():
+        _sort(inside)
+        values = [*inside.inputs, *inside.initializers.values()]
+        for node in inside:
+            values += node.outputs
+        for value in values:
+            _mend_shape(value)
     return model
+
+
+def _sort(inside: ir.Graph) -> None:
+    """Sort the nodes, if one reads what a later one of the graph computes."""
+    made: set[ir.Value] = set()
+    for node in inside:
+        reads = ir.traversal.RecursiveGraphIterator([node])
+        for value in (v for one in reads for v in one.inputs if v is not None):
+            if value.producer() and value.graph is inside and value not in made:
+                inside.sort()
+                return
+        made.update(node.outputs)
+
+
+def _mend_shape(value: ir.Value) -> None:
+    if value.shape is None:
+        return
+    sizes = [
+        size if (size >= 0 if isinstance(size, int) else size.value not in _NO_NAMES) else None
+        for size in value.shape
+    ]
+    if None in sizes:
+        value.shape = ir.Shape(sizes)
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -146,10 +190,35 @@ def _consumers(step: Iterable[ir.Node]) -> list[ir.Node]:
     )
 
 
-def counts(model: ir.Model) -> dict[str, int]:
-    """How often each operator occurs, most frequent first."""
-    counted = Counter(node.op_type for node in nodes(model))
+def operator(node: ir.Node) -> str:
+    """What a node does, with its domain where that is not ONNX's own: com.microsoft.Attention."""
+    return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def counts(model: ir.Model, *, domains: bool = True) -> dict[str, int]:
+    """How often each operator occurs, most frequent first; with the `domains` of those that are
+    not ONNX's own, or without, as ONNX Runtime's profile has them."""
+    counted = Counter(operator(node) if domains else node.op_type for node in nodes(model))
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def notes(model: ir.Model) -> list[str]:
+    """What a reader should know of the types that `model` computes in, a line each."""
+    found = Counter(
+        value.dtype
+        for inside in model.graphs()
+        for value in (*inside.inputs, *inside.initializers.values(), *inside.outputs)
+        if value.dtype is not None
+    )
+    lines = []
+    if found[ir.DataType.BFLOAT16]:
+        lines.append("computes in bfloat16, for which ONNX Runtime has few kernels on the CPU")
+    counted = counts(model)
+    quantised = {name: n for name, n in counted.items() if _QUANTISED.search(name)}
+    if quantised:
+        listed = ", ".join(f"{n} {name}" for name, n in quantised.items())
+        lines.append(f"quantised: {listed}")
+    return lines
 
 
 # ── Where a node came from ──────────────────────────────────────────────────────────────────────

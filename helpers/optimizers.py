@@ -14,9 +14,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
+from onnx.external_data_helper import (
+    load_external_data_for_model,
+    load_external_data_for_tensor,
+)
 
-from helpers import files, graph
+from helpers import external, files, graph
 
 
 @contextlib.contextmanager
@@ -69,6 +72,29 @@ def _in_bert(fusion: type, bert: type) -> type:
 
 
 @contextlib.contextmanager
+def following_links() -> Iterator[None]:
+    """Have the optimizer read models whose data files are links, as in a hub's cache.
+
+    onnx follows no link; those of `external.read` have been followed.
+    """
+    from onnxruntime.transformers import optimizer
+
+    load = optimizer.load_model
+
+    def through(path: str, *args: Any, **kwargs: Any) -> onnx.ModelProto:
+        model, beside = external.read(path)
+        if kwargs.get("load_external_data", True):
+            load_external_data_for_model(model, str(beside))
+        return model
+
+    optimizer.load_model = through
+    try:
+        yield
+    finally:
+        optimizer.load_model = load
+
+
+@contextlib.contextmanager
 def without_large_weights() -> Iterator[None]:
     """Have the optimizer leave large weights in the files that they are in.
 
@@ -80,12 +106,11 @@ def without_large_weights() -> Iterator[None]:
     load, to_array = optimizer.load_model, numpy_helper.to_array
 
     def light(path: str, *args: Any, **kwargs: Any) -> onnx.ModelProto:
-        model = load(path, load_external_data=False)
+        model, beside = external.read(path)
         if kwargs.get("load_external_data", True):
-            for tensor in model.graph.initializer:
-                external = tensor.data_location == onnx.TensorProto.EXTERNAL
-                if external and ir.from_proto(tensor).nbytes <= graph.LARGE:
-                    load_external_data_for_tensor(tensor, str(Path(path).parent))
+            for tensor in external.tensors(model):
+                if ir.from_proto(tensor).nbytes <= graph.LARGE:
+                    load_external_data_for_tensor(tensor, str(beside))
                     tensor.data_location = onnx.TensorProto.DEFAULT
         return model
 

@@ -416,7 +416,7 @@ def _raised(watch: Watch, error: Exception) -> Reason:
     name = _fusion(watch.raised) if watch.raised else None
     reason = Reason(name, "raised", "raised", source=last.line)
     reason.file, reason.line = PurePath(last.filename).name, last.lineno
-    reason.message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    reason.message = files.raised(error)
     return reason
 
 

@@ -178,7 +178,7 @@ def cut(
     If nothing is named: the whole graph where it has at most 60 nodes, else the block of its first
     attention site. Large weights are left out. Raises `files.BadInput`.
     """
-    path = files.check(path)
+    path = files.check(path, notes=[])  # what cannot be run can be seen
     model = graph.load(path, weights=False)
     wanted = [name for name in (around, *along, break_at) if name is not None]
     marks = [_find(path, model, name) for name in wanted]

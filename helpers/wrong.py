@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import files, graph, parity
+from helpers import external, files, graph, parity
 from helpers.feeds import Feed
 from helpers.reasons import Explanation, Verdict
 
@@ -204,12 +204,12 @@ def _about(model: ir.Model, pieces: list[Piece], gone: list[ir.Node]) -> set[int
 
 def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:
     """Runs the original for the values of the tensors `names`; its answers are kept."""
-    proto = onnx.load(path, load_external_data=False)
+    proto, folder = external.read(path)
     inputs = {one.name for one in proto.graph.input}
     asked = [name for name in names if name not in inputs]
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    session = files.session(proto.SerializeToString(), optimise=False, folder=path.parent)
+    session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
     del proto
     kept: dict[int, tuple[parity.Outputs, parity.Outputs]] = {}
 

@@ -89,6 +89,10 @@ BAD = {  # what is done to a good model, and what the line says of it
     "Git LFS": (lambda p: p.write_text(LFS), "a Git LFS pointer; .* git lfs pull"),
     "zip": (lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "a zip archive"),
     "safetensors": (lambda p: p.write_bytes(bytes(8) + b'{"w":{}}'), "a safetensors file"),
+    "ORT": (
+        lambda p: p.write_bytes(b"\x18\0\0\0ORTM" + bytes(99)),
+        "a model in ONNX Runtime's own format .*; name the .onnx file",
+    ),
     "no file": (lambda p: p.unlink(), "found none; check the path"),
     "folder": (lambda p: (p.unlink(), p.mkdir()), "a folder"),
     "pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "no regular file"),
@@ -123,9 +127,9 @@ BAD = {  # what is done to a good model, and what the line says of it
     ),
     "link out": (
         lambda p: (p.parent / "w.data").symlink_to(moved_out(p)),
-        "leads out|may lead out",
+        "found a link that leads out of the model's folder, to ",
     ),
-    "hard link": (lambda p: (p.parent / "w.data").hardlink_to(moved_out(p)), "found a link"),
+    "hard link": (lambda p: (p.parent / "w.data").hardlink_to(moved_out(p)), "found a hard link"),
 }
 
 
@@ -146,6 +150,57 @@ def test_a_bad_model_is_one_line(kind, tmp_path, capfd):
         assert line.startswith(f"{path}: expected ")
         with pytest.raises(files.BadInput, match=said):
             files.check(path)
+
+
+TYPES = {  # valid, or nearly, and what is said of it
+    "g (bfloat16[2,4] x) => (bfloat16[2,4] y) { [e] y = Erf (x) }": (
+        "Erf (e) on bfloat16, for which it has no kernel; convert the model to float32"
+    ),
+    "g (double[1,1,4] x, double[1,1,2] w) => (double[1,1,3] y) { y = Conv (x, w) }": (
+        "Conv on float64, for which it has no kernel; convert the model to float32"
+    ),
+    "g (float16[2,4] x, float[4] w) => (float16[2,4] y) { [n] y = LayerNormalization (x, w) }": (
+        "LayerNormalization (n) on float16 and float32 at once, where it takes one type;"
+        " convert the model to float32, or put a Cast before it"
+    ),
+    "g (int8[2,4] x, int8[4,2] w) => (int8[2,2] y) { y = MatMul (x, w) }": (
+        "MatMul on int8 (x), a type that the operator does not take; convert the model to float32"
+    ),
+    "g (float[2,4] x) => (float16[2,4] y) { y = Exp (x) }": (
+        "y declared float16, and computed in float32; put a Cast before it"
+    ),
+    "g (float[2,4] x) => (float[2,4] y) { y = a.library.Exp (x) }": (
+        "the operator a.library.Exp, which is of a library that is not loaded; export it with the"
+        " operators of the standard"
+    ),
+    "g (float[2,4] x) => (float[2,4] y) { [a] z = Exp (x) [a] y = Exp (z) }": (
+        "more than one node of the name a; give each a name of its own"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", TYPES)
+def test_what_the_cpu_cannot_run_can_be_seen(text, tmp_path, capfd):
+    path = tmp_path / "a.onnx"
+    header = '<ir_version: 8, opset_import: ["" : 17, "a.library" : 1]>'
+    path.write_bytes(onnx.parser.parse_model(f"{header}\n{text}").SerializeToString())
+    assert main(["inspect", str(path), "--json"]) == 0
+    notes = json.loads(capfd.readouterr().out)["notes"]
+    assert notes[0].endswith(f"does not run it on the CPU: {TYPES[text]}")
+    assert main(["view", str(path), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["nodes"]
+    for arguments in (["fuse", path, tmp_path / "out.onnx"], ["compare", path, path]):
+        line = refused(capfd, tmp_path, *arguments)
+        assert line.endswith(f"can run on the CPU, found {TYPES[text]}")
+
+
+def test_an_operator_that_onnxruntime_takes_apart_has_the_type_of_the_model(tmp_path):
+    path = tmp_path / "a.onnx"
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (bfloat16[1,2,3,4] x) => (bfloat16[1,2,3,4] y) { y = Attention (x, x, x) }"""
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    with pytest.raises(files.BadInput, match=r"found \w+ on bfloat16, for which"):
+        files.check(path)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +323,7 @@ def test_an_interrupt_and_a_closed_pipe_are_quiet(tmp_path, monkeypatch, capfd):
     ended = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr) == ("", "")
 
-    def interrupt(_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "check", interrupt)

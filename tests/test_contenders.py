@@ -84,7 +84,7 @@ def test_stock(exported):
     _, _, path = exported
     made = contenders.stock("stock", path, "bart", num_heads=4, hidden_size=32)
     assert made.kind == "stock"
-    assert graph.counts(graph.load(made.path))["BiasGelu"] == 2
+    assert graph.counts(graph.load(made.path))["com.microsoft.BiasGelu"] == 2
 
 
 def test_what_fuse_makes(exported, monkeypatch):

@@ -1,5 +1,6 @@
 """Model files: bad ones are refused in one line, good ones written whole or not at all."""
 
+import json
 import os
 import resource
 import shutil
@@ -16,7 +17,8 @@ import torch
 import transformers
 from graphs import write
 
-from helpers import export, files, graph
+from helpers import export, external, files, graph
+from helpers.__main__ import main
 
 
 def test_check_returns_an_absolute_path(tmp_path, monkeypatch):
@@ -30,7 +32,7 @@ def test_a_session_writes_the_graph_that_it_runs(tmp_path):
     files.session(path, write_to=running)
     before, after = (graph.counts(graph.load(one)) for one in (path, running))
     assert before["LayerNormalization"] == 2
-    assert after["SkipLayerNormalization"] == 1  # which the session fuses by itself
+    assert after["com.microsoft.SkipLayerNormalization"] == 1  # which the session fuses by itself
 
 
 def test_an_operator_of_onnxruntimes_own_in_the_domain_of_onnx(tmp_path):
@@ -297,3 +299,253 @@ def test_what_is_told_is_shortened_last():
     assert files.told("a" * 30, 20) == f"{'a' * 20} …"
     assert files.told(f"a {place[:-9]}", 20) == "a"
     assert files.told(ValueError()) == "ValueError"
+
+
+# ── External data ───────────────────────────────────────────────────────────────────────────────
+
+EVERYWHERE = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[2] x, bool yes) => (float[2] y)
+{
+  c = Constant <value = float[2] c {3.0, 4.0}> ()
+  a = Mul (x, w)
+  z = If (yes) <
+    then_branch = t () => (float[2] t0) <float[2] v = {5.0, 6.0}> { t0 = Mul (a, v) },
+    else_branch = e () => (float[2] e0) {
+      e1 = Constant <value = float[2] e1 {7.0, 8.0}> ()
+      e0 = Mul (a, e1)
+    }
+  >
+  y = Add (z, c)
+}"""
+
+
+def all_external(path: Path, name: str) -> Path:
+    """The model at `path` with each float tensor, whatever its size, in a file of that name."""
+    proto, data = onnx.load(path), path.parent / name
+    with data.open("wb") as file:
+
+        def move(graph: onnx.GraphProto) -> None:
+            tensors = [*graph.initializer]
+            for node in graph.node:
+                for attribute in node.attribute:
+                    tensors += [attribute.t] if attribute.HasField("t") else []
+                    if attribute.HasField("g"):
+                        move(attribute.g)
+            for tensor in tensors:
+                if tensor.data_type != onnx.TensorProto.FLOAT:
+                    continue  # ONNX Runtime wants shapes in the model
+                array = onnx.numpy_helper.to_array(tensor)
+                tensor.ClearField("float_data")
+                tensor.raw_data = array.tobytes()
+                onnx.external_data_helper.set_external_data(
+                    tensor, name, offset=file.tell(), length=array.nbytes
+                )
+                tensor.ClearField("raw_data")
+                file.write(array.tobytes())
+
+        move(proto.graph)
+    path.write_bytes(proto.SerializeToString())
+    return data
+
+
+def in_a_hub(path: Path, data: Path) -> Path:
+    """Both files moved into a folder, under other names, and links to them in another."""
+    blobs, snapshot = path.parent / "hub" / "blobs", path.parent / "hub" / "snapshots" / "0a1b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file, name in ((path, "7f"), (data, "e2")):
+        file.rename(blobs / name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{name}")
+    return snapshot / path.name
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("one_file", [0, files.ONE_FILE])
+def test_all_external_data_is_brought_in(linked, one_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ONE_FILE", one_file)
+    path = write(tmp_path / "a.onnx", EVERYWHERE, w=np.array([1, 2], np.float32))
+    data = all_external(path, "weights.data")  # a name that our own files have for a moment, too
+    before = onnx.load(path, load_external_data=False)
+    assert len(list(external.tensors(before))) == 4
+    path = in_a_hub(path, data) if linked else path
+    size = files.size(files.check(path))
+    assert size == path.stat().st_size + 4 * 8
+    copy = files.save(graph.load(path), tmp_path / "copy.onnx")
+    data.resolve().unlink(missing_ok=True)
+    for file in tmp_path.glob("hub/blobs/*"):
+        file.unlink()
+    x = np.array([10, 100], np.float32)
+    for yes, factors in ((True, (5, 6)), (False, (7, 8))):
+        (found,) = files.session(copy).run(None, {"x": x, "yes": np.array(yes)})
+        np.testing.assert_array_equal(found, x * (1, 2) * factors + (3, 4))
+
+
+def test_a_session_of_bytes_beside_linked_data(tmp_path):
+    path = write(tmp_path / "a.onnx")
+    path = in_a_hub(path, all_external(path, "a.data"))
+    feed = {"given": np.ones((2, 3, 8), np.float32)}
+    proto, folder = external.read(path)
+    session = files.session(proto.SerializeToString(), folder=folder)
+    expected = files.session(path).run(None, feed)
+    np.testing.assert_array_equal(session.run(None, feed), expected)
+
+
+def test_data_beside_the_model_may_be_a_link_within_its_folder(tmp_path):
+    path = write(tmp_path / "a.onnx")
+    all_external(path, "a.data").rename(tmp_path / "b.data")
+    (tmp_path / "a.data").symlink_to("b.data")
+    files.check(path)
+    model = graph.load(path)
+    tensor = model.graph.initializers["wq"].const_value
+    assert Path(tensor.path) == tmp_path / "b.data"  # what is opened is no link
+    assert tensor.numpy().shape == (8, 8)
+
+
+def test_data_in_a_folder_within_the_models(tmp_path):
+    path = write(tmp_path / "a.onnx")
+    (tmp_path / "data").mkdir()
+    all_external(path, "data/a.data")
+    files.check(path)
+    assert graph.load(path).graph.initializers["wq"].const_value.numpy().shape == (8, 8)
+
+
+@pytest.mark.parametrize("level", [None, 0, 1])
+def test_every_command_works_in_a_hub(level, tmp_path, capfd):
+    path = write(tmp_path / "a.onnx")
+    path = str(in_a_hub(path, all_external(path, "a.data")))
+    commands = [["explain", path, "--model-type", "bert", "--opt-level", f"{level}", "--json"]]
+    if level is None:
+        commands = [
+            ["inspect", path],
+            ["view", path, "--json"],
+            ["compare", path, path],
+            ["fuse", path, str(tmp_path / "out.onnx")],
+            ["explain", path, "--rules", "onnxscript", "--parity"],
+        ]
+    for command in commands:
+        assert main(command) == 0, command
+        assert "symbolic" not in capfd.readouterr().out
+
+
+LINKS = {  # what is done to the data of a model that is in a hub, and what is said of it
+    "another folder": (
+        lambda p, data: (data.rename(p / "w"), (p / "l").symlink_to(p / "w")),
+        "a link that leads out of the model's folder, to .*/w; put a copy",
+    ),
+    "a folder": (
+        lambda p, data: (data.unlink(), data.mkdir(), (p / "l").symlink_to(data)),
+        "found a folder",
+    ),
+    "nothing": (
+        lambda p, data: (data.unlink(), (p / "l").symlink_to(data)),
+        "found a link to no file",
+    ),
+    "itself": (lambda p, data: (p / "l").symlink_to(p / "l"), "found a link to no file"),
+    "a hard link": (
+        lambda p, data: ((data.parent / "also").hardlink_to(data), (p / "l").symlink_to(data)),
+        "found a hard link, .*; put a copy",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_that_lead_elsewhere_are_refused(kind, tmp_path):
+    path = write(tmp_path / "a.onnx")
+    path = in_a_hub(path, all_external(path, "a.data"))
+    change, said = LINKS[kind]
+    data = (path.parent / "a.data").resolve()
+    (path.parent / "a.data").unlink()
+    other = tmp_path / "other"
+    other.mkdir()
+    change(other, data)
+    (other / "l").rename(path.parent / "a.data")
+    for read in (files.check, graph.load, files.size):
+        with pytest.raises(files.BadInput, match=said):
+            read(path)
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path):
+    """Where it leads to another file, to none, or to the file that is read."""
+    source = write(tmp_path / "source.onnx")
+    model = graph.load(source)
+    before = source.read_bytes()
+    (tmp_path / "other.onnx").write_text("other")
+    for target in ("other.onnx", "none.onnx", "source.onnx"):
+        out = tmp_path / "out.onnx"
+        out.unlink(missing_ok=True)
+        out.symlink_to(target)
+        files.save(model, out)
+        assert not out.is_symlink()
+        files.check(out)
+    assert (tmp_path / "other.onnx").read_text() == "other"
+    assert source.read_bytes() == before
+    assert not (tmp_path / "none.onnx").exists()
+
+
+# ── What ONNX Runtime runs and onnx's checker does not like ──────────────────────────────────────
+
+
+def reversed_(proto):
+    nodes = [*proto.graph.node][::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def sized(**size):
+    def change(proto):
+        for value in (*proto.graph.input, *proto.graph.output):
+            for dim in value.type.tensor_type.shape.dim[:2]:
+                dim.CopyFrom(onnx.TensorShapeProto.Dimension(**size))
+
+    return change
+
+
+def scaled(proto):
+    node = onnx.helper.make_node("Scaler", ["y"], ["z"], domain="ai.onnx.ml", scale=[2.0])
+    node.attribute.append(onnx.helper.make_attribute("offset", [0.0]))
+    proto.graph.node.append(node)
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, ["b", "l", 8]))
+
+
+RUNS = {
+    "no shape": lambda p: p.graph.output[0].type.tensor_type.ClearField("shape"),
+    "no type": lambda p: p.graph.output[0].ClearField("type"),
+    "not sorted": reversed_,
+    "-1": sized(dim_value=-1),
+    "?": sized(dim_param="?"),
+    "None": sized(dim_param="None"),
+    "ai.onnx": lambda p: setattr(p.opset_import[0], "domain", "ai.onnx"),
+    "ai.onnx.ml": scaled,
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_what_onnxruntime_runs_is_let_in(kind, tmp_path, capsys):
+    path, plain = tmp_path / "a.onnx", write(tmp_path / "plain.onnx")
+    proto = onnx.load(plain)
+    RUNS[kind](proto)
+    path.write_bytes(proto.SerializeToString())
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"][0]["name"] == "n_softmax"
+    model = graph.load(path, weights=False)
+    made = [value for node in model.graph for value in node.outputs]
+    assert all(v.producer() is None or v in made for n in model.graph for v in n.inputs)
+    sizes = [size for size in model.graph.inputs[0].shape if isinstance(size, int)]
+    assert min(sizes) > 0
+    copy = files.save(graph.load(path), tmp_path / "copy.onnx")
+    feed = {"given": np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)}
+    one, two = (files.session(file).run(["y"], feed)[0] for file in (plain, copy))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_a_draft_that_the_cpu_cannot_run_is_named_as_what_it_was_to_be(tmp_path):
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (bfloat16[2,4] x) => (bfloat16[2,4] y) { y = Erf (x) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    out = tmp_path / "out.onnx"
+    with pytest.raises(
+        files.BadInput, match=r"out\.onnx: expected .* found Erf on bfloat16"
+    ) as said:
+        files.save(model, out)
+    assert str(said.value).startswith(f"{out}: expected ")
+    assert not list(tmp_path.iterdir())

@@ -5,11 +5,15 @@ import json
 import numpy as np
 import onnx
 import pytest
-from graphs import write
+import torch
+import transformers
+from graphs import ATTENTION, write
+from transformers.exporters import OnnxConfig, OnnxExporter
 
 from helpers import feeds, files, fuse, graph, parity
 from helpers.__main__ import main
 from helpers.fusions import attention, repairs
+from helpers.quiet import quiet
 
 HEAD = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -453,3 +457,180 @@ def test_masks_of_one_row_are_repaired(tmp_path):
     assert done.held
     assert len(done.repaired) == 1
     assert repairs.needed(graph.load(tmp_path / "out.onnx")) == []
+
+
+# ── The door ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bert(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            vocab_size=50)  # fmt: skip
+        self.bert = transformers.BertModel(config, add_pooling_layer=False).eval()
+
+    def forward(self, input_ids, attention_mask):
+        return self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def by_torch(path):
+    """The default of ``torch.onnx.export``: all weights in NAME.onnx.data."""
+    ids, axes = torch.ones(2, 5, dtype=torch.long), {0: "batch", 1: "length"}
+    with quiet():
+        torch.onnx.export(
+            Bert(), (ids, ids), path, dynamo=True, dynamic_shapes=(axes, axes), verbose=False
+        )
+
+
+def by_transformers(path):
+    """Its exporter's own ``save_pretrained``."""
+    ids = torch.ones(2, 5, dtype=torch.long)
+    given_ = {"input_ids": ids, "attention_mask": ids}
+    with quiet():
+        made = OnnxExporter().export(Bert().bert, given_, config=OnnxConfig(dynamic=True))
+        made.save_pretrained(path.parent)
+
+
+def by_onnx(path):
+    write(path, ATTENTION)
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=100)
+
+
+@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("export", [by_torch, by_transformers, by_onnx])
+def test_a_default_export_is_fused_and_runs_without_its_data(export, target, tmp_path, capsys):
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    export(path)
+    [data] = files.data(path)
+    assert main(["fuse", str(path), str(out), "--target", target, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fused"] == 1
+    data.rename(tmp_path / "away")
+    path.unlink()
+    assert main(["inspect", str(out), "--json"]) == 0
+    assert [one["fused"] for one in json.loads(capsys.readouterr().out)["sites"]] == [True]
+    assert len(feeds.infer(out)[0]) > 1  # it runs
+    assert files.data(out) == set()
+
+
+def test_a_cut_of_a_model_with_external_data_is_whole(tmp_path, capsys):
+    path, cut = tmp_path / "model.onnx", tmp_path / "cut.onnx"
+    by_onnx(path)
+    assert main(["explain", str(path), "--model-type", "bert", "--save", str(cut)]) == 0
+    (tmp_path / "w.data").unlink()
+    path.unlink()
+    assert main(["inspect", str(cut)]) == 0
+
+
+def test_the_file_that_is_read_and_its_data_are_left_alone(tmp_path, capsys):
+    """OUT may be neither of them, and its old data may be what the input needs."""
+    path = tmp_path / "model.onnx"
+    write(path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="out.onnx.data",
+              size_threshold=100)  # fmt: skip
+    data, link = tmp_path / "out.onnx.data", tmp_path / "link.onnx"
+    link.symlink_to(path)
+    before = data.read_bytes(), path.read_bytes()
+    for source, out in ((path, path), (path, data), (link, path), (link, link)):
+        assert main(["fuse", str(source), str(out)]) == 2
+        assert "expected another file than the input" in capsys.readouterr().err
+    assert main(["fuse", str(path), str(tmp_path / "out.onnx")]) == 0
+    assert main(["fuse", str(path), str(link)]) == 0  # which only leads to the input
+    assert not link.is_symlink()
+    assert (data.read_bytes(), path.read_bytes()) == before
+
+
+def test_without_a_site_there_is_nothing_to_fuse(tmp_path, capsys):
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[batch,8] x) => (float[batch,8] y) { a = MatMul (x, wq) y = Relu (a) }"""
+    path, out = write(tmp_path / "in.onnx", text), tmp_path / "out.onnx"
+    assert main(["fuse", str(path), str(out)]) == 0
+    assert "no attention site: there was nothing to fuse" in capsys.readouterr().out
+    assert graph.load(files.check(out)).opset_imports[""] == fuse.OPSET
+
+
+def test_what_is_not_portable_is_named(tmp_path, capsys):
+    """Also what ONNX Runtime's optimizer writes into ONNX's own domain."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[batch,length,8] x) => (float[batch,length,8] y)
+    {
+      a = com.microsoft.QuickGelu (x)
+      b = com.microsoft.QuickGelu (a)
+      c = SimplifiedLayerNormalization <axis = -1> (b, w)
+      y = com.microsoft.MultiHeadAttention <num_heads = 2> (c, c, c)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, np.float32), "w"))
+    path = tmp_path / "in.onnx"
+    path.write_bytes(proto.SerializeToString())
+    for target, named in (("portable", True), ("cpu", False)):
+        out = str(tmp_path / f"{target}.onnx")
+        assert main(["fuse", str(path), out, "--target", target, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["operators"] == {"com.microsoft.MultiHeadAttention": 1}
+        assert set(answer["not_portable"]) == (
+            {
+                "com.microsoft.QuickGelu × 2",
+                "SimplifiedLayerNormalization × 1",
+                "com.microsoft.MultiHeadAttention × 1",
+            }
+            if named
+            else set()
+        )
+
+
+def test_a_file_that_does_not_load_is_said_to_be_that(tmp_path, monkeypatch, capsys):
+    """And no step is blamed for what the others compute."""
+    path = write(tmp_path / "in.onnx")
+
+    def spoil(model):
+        model.graph.node(0).op_type = "NoSuchOperator"
+
+    monkeypatch.setattr(fuse, "clean", spoil)
+    monkeypatch.setattr(fuse, "_bisect", lambda *_: pytest.fail("bisected"))
+    assert main(["fuse", str(path), str(tmp_path / "out.onnx"), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["parity"]["held"] is False
+    assert "does not load in ONNX Runtime: " in answer["parity"]["where"]
+    assert "NoSuchOperator" in answer["parity"]["where"]
+    assert not (tmp_path / "out.onnx").exists()
+
+
+MOVES = {
+    "transpose": "y = Transpose <perm = [1, 0, 2]> (d)",
+    "reshape": "y = Reshape (d, shape)",
+    "unsqueeze": "y = Unsqueeze (d, one)",
+    "slice": "y = Slice (d, one, two)",
+    "maxpool": "y = MaxPool <kernel_shape = [2]> (d)",
+    "several": "t = Transpose <perm = [1, 0, 2]> (d) y = Reshape (t, shape)",
+    "used twice": "t = Transpose <perm = [0, 2, 1]> (d) a = Relu (d) y = MatMul (a, t)",
+    "both given": "y = Transpose <perm = [1, 0, 2]> (d) z = Add (d, d)",
+    "identity": "i = Identity (d) y = Transpose <perm = [1, 0, 2]> (i)",
+}
+INT8 = """<ir_version: 8, opset_import: ["" : 17]>
+g (int64[batch,length] ids) => (float yMORE)
+<float scale = {0.25}, int8 zero = {3}, int64[2] shape = {-1, 8}, int64[1] one = {1},
+ int64[1] two = {2}>
+{ e = Gather (table, ids) d = DequantizeLinear (e, scale, zero) BODY }"""
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_int8_that_is_moved_after_it_was_dequantised(kind, tmp_path):
+    """ONNX Runtime 1.32 does not load it from opset 21 on; the same numbers, and it loads."""
+    table = np.random.default_rng(0).integers(-128, 128, (20, 8), np.int8)
+    more = ", float z" if kind == "both given" else ""
+    text = INT8.replace("BODY", MOVES[kind]).replace("MORE", more)
+    proto = onnx.parser.parse_model(text)
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    path = tmp_path / "in.onnx"
+    path.write_bytes(proto.SerializeToString())
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert done.held, str(done)
+    assert done.parity.max_abs_diff == 0
+    ids = {"ids": np.arange(12).reshape(3, 4)}
+    one, two = (files.session(file).run(None, ids) for file in (path, tmp_path / "out.onnx"))
+    for before, after in zip(one, two, strict=True):
+        np.testing.assert_array_equal(before, after)

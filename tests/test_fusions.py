@@ -167,7 +167,7 @@ def test_residuals_are_kept_apart(tmp_path):
         options.log_severity_level = 4
         files.ort.InferenceSession(tmp_path / f"{name}.onnx", options)
         kinds.append(graph.counts(ir.load(tmp_path / f"{name}.run.onnx")))
-    assert kinds[0] == {"SkipLayerNormalization": 1}
+    assert kinds[0] == {"com.microsoft.SkipLayerNormalization": 1}
     assert kinds[1] == {"Add": 1, "LayerNormalization": 1, "Reshape": 1}
     check(made(text), model, tmp_path, x=(2, 3, 64), s=(2, 3, 64), w=(64,), b=(64,))
 

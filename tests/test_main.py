@@ -6,6 +6,7 @@ import sys
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 from graphs import ATTENTION, write
 from test_explain import SCHEMA
@@ -22,6 +23,7 @@ def test_inspect_json_is_one_document_with_the_fields_of_the_design(tmp_path, ca
     assert answer["nodes"] == sum(answer["operators"].values()) == 22
     assert answer["operators"]["MatMul"] == 6
     assert answer["sites"] == [{"name": "n_softmax", "fused": False, "layer": None}]
+    assert answer["notes"] == []
     assert printed.err == ""
 
 
@@ -31,6 +33,30 @@ def test_inspect_text_names_sites_and_operators(tmp_path, capsys):
     assert "1 attention site, 0 fused" in text
     assert "n_softmax" in text
     assert "6  MatMul" in text
+
+
+def test_inspect_notes_what_a_reader_should_know(tmp_path, capsys):
+    text = """<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+    g (float[b,2,l,4] q, bool[b,1,1,l] mask) => (float[b,2,l,4] y)
+    {
+      [a] h = Attention (q, q, q, mask)
+      r = com.microsoft.QuickGelu (h)
+      n, scale, zero = DynamicQuantizeLinear (r)
+      y = DequantizeLinear (n, scale, zero)
+    }"""
+    path = tmp_path / "a.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    assert main(["inspect", str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    quantised, repaired = answer["notes"]
+    assert quantised == "quantised: 1 DequantizeLinear, 1 DynamicQuantizeLinear"
+    assert "Attention a has a mask with one row" in repaired
+    assert repaired.endswith("fuse repairs that")
+    assert answer["operators"]["com.microsoft.QuickGelu"] == 1
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"note: {repaired}" in printed
+    assert "1  com.microsoft.QuickGelu" in printed
 
 
 def test_compare_holds_for_the_same_graph(tmp_path, capsys):

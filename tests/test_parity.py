@@ -173,7 +173,10 @@ def test_what_was_passed_over_is_said(tmp_path):
         """<ir_version: 8, opset_import: ["" : 17]>
         g (int64[b,s] mask) => (float[b,s] y) { m = Cast <to = 1> (mask) y = Div (m, m) }""",
     )
-    assert "passed over: short, padded on the right (the reference gives NaN)" in compare(path, path).inputs
+    assert (
+        "passed over: short, padded on the right (the reference gives NaN)"
+        in compare(path, path).inputs
+    )
 
 
 def test_a_candidate_that_does_not_load_has_not_held(tmp_path):

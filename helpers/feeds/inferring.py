@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
 from helpers import files, graph
 from helpers.feeds import inputs, masks, reach
@@ -57,10 +58,7 @@ class _Trial:
                 )
         self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
         self.sizes = Sizes(self.inputs)
-        try:
-            self.session = files.session(path)
-        except Exception as error:  # ONNX Runtime's own types
-            raise files.refused(path, error) from None
+        self.session = _session(path)
         self.scores = Scores(path)
         self.masks = [one for one in self.inputs if one.is_mask]
         self.flags = [one for one in self.inputs if one.role == "flag"]
@@ -407,6 +405,17 @@ class _Trial:
         if self.passed:
             parts.append(f"passed over: {'; '.join(self.passed)}")
         return "inferred: " + "; ".join([*parts, *dict.fromkeys(self.notes)])
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    """A session as users make it, or where what it optimises cannot be loaded, as it is."""
+    try:
+        return files.session(path)
+    except Exception:  # ONNX Runtime's own types
+        try:
+            return files.session(path, optimise=False)
+        except Exception as error:
+            raise files.refused(path, error) from None
 
 
 def _flags(flags: Mapping[str, int]) -> str:

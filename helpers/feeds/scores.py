@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import files, graph
+from helpers import external, files, graph
 from helpers.feeds import operator_masks
 from helpers.feeds.operator_masks import MASKED
 
@@ -28,7 +28,7 @@ class Scores:
         self.path = Path(path).absolute()
         self.branches: dict[str, set[bool]] = {}
         self._sessions: dict[tuple[bool, ...], _Exposed] = {}
-        self._proto = onnx.load(self.path, load_external_data=False)
+        self._proto, self._folder = external.read(self.path)
         if self._proto.functions:
             self._proto = ir.to_proto(graph.inline(ir.from_proto(self._proto)))
 
@@ -74,7 +74,7 @@ class Scores:
             while left and (count := len(_branchings(proto))):
                 _choose(proto, left[:count])
                 left = left[count:]
-            self._sessions[choice] = _Exposed(proto, self.path.parent)
+            self._sessions[choice] = _Exposed(proto, self._folder)
         return self._sessions[choice]
 
 

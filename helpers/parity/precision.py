@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from helpers import files, graph
+from helpers import external, files, graph
 from helpers.feeds import Feed
 from helpers.parity.runner import Outputs
 
@@ -97,7 +97,7 @@ def with_scores_rounded(path: Path, tried: Tried) -> dict[str, float]:
 
 def _sites(path: Path) -> tuple[onnx.ModelProto, list[int]]:
     """The model, and the places of its nodes whose first input is scores, or queries."""
-    proto = onnx.load(path, load_external_data=False)
+    proto, _ = external.read(path)
     made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
     found = [
         made[site.node.outputs[0].name]
@@ -124,7 +124,7 @@ def _shown(path: Path, changed: bytes, tried: Tried) -> dict[str, float]:
     """By how much the outputs of a changed model differ, by name, relative to their spread."""
     shown: dict[str, float] = {}
     try:
-        session = files.session(changed, optimise=False, folder=path.parent)
+        session = files.session(changed, optimise=False, folder=external.read(path)[1])
         names = [one.name for one in session.get_outputs()]
         for feed, outputs, compared in tried:
             found = dict(zip(names, session.run(names, feed.arrays), strict=True))
