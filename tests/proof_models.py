@@ -165,7 +165,7 @@ def _export_cached(model: torch.nn.Module, path: Path, route: str, *, past: bool
         common["dynamic_axes"] = axes | {name: {0: "batch", 2: "all"} for name in outputs[1:]}
         torch.onnx.export(wrapped, args, path, dynamo=False, **common)
         return
-    dims = [{axis: torch.export.Dim.DYNAMIC for axis in one} for one in axes.values()]
+    dims = [dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes.values()]
     common["dynamic_shapes"] = (dims[0], dims[1], dims[2:])
     torch.onnx.export(wrapped, args, path, dynamo=True, external_data=False, **common)
 

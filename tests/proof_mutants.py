@@ -9,15 +9,19 @@ D width of a head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx import helper, numpy_helper
 
 from helpers import files, graph
 
 Arrays = dict[str, np.ndarray]
+Change = Callable[["_Tape", ir.Value], ir.Value]
 Slot = tuple[ir.Node, int]  # a node, and which of its inputs
 MASKED = -5e3  # scores of this or less have been masked
 LOW = np.float32(-1e9)
@@ -32,11 +36,11 @@ class _Tape(ir.tape.Tape):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A graph with one fault: its kind, and the name of the place."""
+    """A graph with one fault: its kind, the name of the place, and what makes it."""
 
     kind: str
     where: str
-    model: ir.Model
+    make: Callable[[], onnx.ModelProto]
 
     def __str__(self) -> str:
         return f"{self.kind}, at {self.where}"
@@ -117,35 +121,43 @@ def probe(model: ir.Model, values: Iterable[ir.Value], feeds: Sequence[Arrays]) 
     return found
 
 
+Same = dict[ir.Node, ir.Node]  # the copy's node for each of the original's
+
+
 class _Maker:
-    """Makes mutants: a fresh copy of the graph for each, and nodes put in before a place."""
+    """Makes mutants, each of a fresh copy of the graph."""
 
     def __init__(self, model: ir.Model) -> None:
         self.original = model
         self.places = _Places(model)
-        self.order = {graph.name(node): node for node in model.graph}
 
-    def copy(self) -> tuple[ir.Model, dict[ir.Node, ir.Node]]:
-        """A copy, and its node for each of the original's."""
+    def edited(self, edit: Callable[[Same], None]) -> onnx.ModelProto:
         copy = self.original.clone()
-        return copy, dict(zip(self.original.graph, copy.graph, strict=True))
+        edit(dict(zip(self.original.graph, copy.graph, strict=True)))
+        return ir.to_proto(copy)
 
-    def replaced(
-        self, kind: str, where: str, slot: Slot, change: Callable[[_Tape, ir.Value], ir.Value]
-    ) -> Mutant:
+    def mutant(self, kind: str, where: str, edit: Callable[[Same], None]) -> Mutant:
+        return Mutant(kind, where, lambda: self.edited(edit))
+
+    def attribute(self, kind: str, site: graph.Site, name: str, value: float | int) -> Mutant:
+        """The graph in which an attribute of a fused site is `value`."""
+
+        def edit(same: Same) -> None:
+            of = ir.AttrFloat32 if isinstance(value, float) else ir.AttrInt64
+            same[site.node].attributes[name] = of(name, value)
+
+        return self.mutant(kind, site.name, edit)
+
+    def replaced(self, kind: str, where: str, slot: Slot, change: Change) -> Mutant:
         """The graph with `change` of what a node reads there in its stead."""
-        copy, same = self.copy()
-        node = same[slot[0]]
-        build = _Tape()
-        node.replace_input_with(slot[1], change(build, node.inputs[slot[1]]))
-        copy.graph.insert_before(node, build.nodes)
-        _opsets(copy)
-        return Mutant(kind, where, copy)
 
+        def edit(same: Same) -> None:
+            node = same[slot[0]]
+            build = _Tape()
+            node.replace_input_with(slot[1], change(build, node.inputs[slot[1]]))
+            node.graph.insert_before(node, build.nodes)
 
-def _opsets(model: ir.Model) -> None:
-    for node in model.graph:
-        node.version = None
+        return self.mutant(kind, where, edit)
 
 
 def _constant(build: _Tape, value: object, dtype: type = np.int64) -> ir.Value:
@@ -268,65 +280,72 @@ def _of_masks(make: _Maker, arrays: Arrays, values: list[Arrays]) -> Iterator[Mu
             array = values[0][node.inputs[index].name]
             keep = node.op_type != "Where" or node.inputs[2].producer() not in _reached(site.scores)
             for kind, change in _mask_changes(_seen(array, keep)):
-
-                def changed(build, value, change=change, keep=keep, boolean=array.dtype == bool):
-                    copy = value  # of the copy that is changed
-                    below = copy.graph
-                    grid = _grid(build, site, *(_same(below, slot) for slot in (queries, keys)))
-                    seen = value if boolean else build.Greater(
-                        value, _constant(build, MASKED, np.float32)
-                    )
-                    seen = seen if keep else build.Not(seen)
-                    new = change(build, seen, grid)
-                    if boolean:
-                        return new if keep else build.Not(new)
-                    open_ = build.Where(seen, value, _constant(build, 0, np.float32))
-                    return build.Where(new, open_, _constant(build, LOW, np.float32))
-
-                yield make.replaced(kind, site.name, (node, index), changed)
+                edit = _masked(
+                    site, queries, keys, (node, index), change, keep, array.dtype == bool
+                )
+                yield make.mutant(kind, site.name, edit)
         causal = site.node.attributes.get_int("is_causal", 0) if site.scores is None else 0
         if causal and not slots:
             yield from _of_causal(make, site)
 
 
-def _same(inside: ir.Graph, slot: Slot) -> ir.Value:
-    """The value that the copied node reads at `slot`."""
-    name = slot[0].inputs[slot[1]].name
-    for node in inside:
-        for value in node.outputs:
-            if value.name == name:
-                return value
-    return next(one for one in (*inside.inputs, *inside.initializers.values()) if one.name == name)
+def _masked(
+    site: graph.Site,
+    queries: Slot,
+    keys: Slot,
+    mask: Slot,
+    change: Visible,
+    keep: bool,
+    boolean: bool,
+) -> Callable[[Same], None]:
+    """An edit by which `change` of what is seen is the mask. Of a mask that is added, what else it
+    has where keys are seen, such as a bias by position, stays."""
+
+    def edit(same: Same) -> None:
+        build = _Tape()
+        grid = _grid(build, site, *(same[node].inputs[index] for node, index in (queries, keys)))
+        node, index = same[mask[0]], mask[1]
+        value = node.inputs[index]
+        if boolean:
+            new = change(build, value if keep else build.Not(value), grid)
+            new = new if keep else build.Not(new)
+        else:
+            seen = build.Greater(value, _constant(build, MASKED, np.float32))
+            zero, low = (_constant(build, one, np.float32) for one in (0, LOW))
+            new = change(build, seen, grid)
+            new = build.Where(new, build.Where(seen, value, zero), low)
+        node.replace_input_with(index, new)
+        node.graph.insert_before(node, build.nodes)
+
+    return edit
 
 
 def _of_causal(make: _Maker, site: graph.Site) -> Iterator[Mutant]:
     """A standard Attention that is causal by its attribute alone."""
-    copy, same = make.copy()
-    same[site.node].attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
-    yield Mutant("mask dropped", site.name, copy)
+    yield make.attribute("mask dropped", site, "is_causal", 0)
     for kind, first in (
         ("causal offset moved, later key seen", -1),
         ("causal offset moved, own key not seen", 1),
     ):
-        copy, same = make.copy()
-        node = same[site.node]
-        build = _Tape()
-        grid = _grid(build, site, *node.inputs[:2])
-        seen = build.GreaterOrEqual(grid.behind, _constant(build, first))
-        node.resize_inputs(max(4, len(node.inputs)))
-        node.replace_input_with(3, seen)
-        node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
-        copy.graph.insert_before(node, build.nodes)
-        yield Mutant(kind, site.name, copy)
+
+        def edit(same: Same, first: int = first) -> None:
+            node = same[site.node]
+            build = _Tape()
+            grid = _grid(build, site, *node.inputs[:2])
+            seen = build.GreaterOrEqual(grid.behind, _constant(build, first))
+            node.resize_inputs(max(4, len(node.inputs)))
+            node.replace_input_with(3, seen)
+            node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+            node.graph.insert_before(node, build.nodes)
+
+        yield make.mutant(kind, site.name, edit)
 
 
 def _of_mask_inputs(make: _Maker) -> Iterator[Mutant]:
     """The same faults in an input (batch, keys) of ones and zeros, for all sites at once."""
 
     def leaked(build: _Tape, value: ir.Value) -> ir.Value:
-        last = build.Sub(
-            build.Gather(build.Shape(value), _constant(build, 1)), _constant(build, 1)
-        )
+        last = build.Sub(build.Gather(build.Shape(value), _constant(build, 1)), _constant(build, 1))
         number = build.Range(
             _constant(build, 0), build.Add(last, _constant(build, 1)), _constant(build, 1)
         )
@@ -341,16 +360,18 @@ def _of_mask_inputs(make: _Maker) -> Iterator[Mutant]:
         if "mask" not in one.name or one.dtype != ir.DataType.INT64 or len(one.shape) != 2:
             continue
         for kind, change in changes.items():
-            copy, _ = make.copy()
-            value = copy.graph.inputs[number]
-            uses = list(value.uses())
-            build = _Tape()
-            new = change(build, value)
-            for node, index in uses:
-                if node.op_type != "Shape":
+
+            def edit(same: Same, number: int = number, change: Change = change) -> None:
+                inside = next(iter(same.values())).graph
+                value = inside.inputs[number]
+                uses = list(value.uses())
+                build = _Tape()
+                new = change(build, value)
+                for node, index in uses:
                     node.replace_input_with(index, new)
-            copy.graph.insert_before(copy.graph[0], build.nodes)
-            yield Mutant(kind, one.name, copy)
+                inside.insert_before(inside[0], build.nodes)
+
+            yield make.mutant(kind, one.name, edit)
 
 
 # ── Scores ──────────────────────────────────────────────────────────────────────────────────────
@@ -367,13 +388,11 @@ def _of_scale(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
                 lambda build, value: build.Mul(value, _constant(build, 1.05, np.float32)),
             )
             continue
-        copy, same = make.copy()
-        node = same[site.node]
+        node = site.node
         shape = values[0][slot[0].inputs[slot[1]].name].shape
         width = shape[-1] // (1 if len(shape) == 4 else node.attributes.get_int("q_num_heads"))
         scale = node.attributes.get_float("scale", width**-0.5)
-        node.attributes["scale"] = ir.AttrFloat32("scale", scale * 1.05)
-        yield Mutant("scale 5 % off", site.name, copy)
+        yield make.attribute("scale 5 % off", site, "scale", scale * 1.05)
 
 
 def _of_cap(make: _Maker) -> Iterator[Mutant]:
@@ -381,9 +400,7 @@ def _of_cap(make: _Maker) -> Iterator[Mutant]:
     for site in make.places.sites:
         if site.scores is None:
             if site.node.attributes.get_float("softcap", 0.0):
-                copy, same = make.copy()
-                same[site.node].attributes["softcap"] = ir.AttrFloat32("softcap", 0.0)
-                yield Mutant("soft cap dropped", site.name, copy)
+                yield make.attribute("soft cap dropped", site, "softcap", 0.0)
             continue
         below = _reached(site.scores)
         queue, seen = [site.node], set()
@@ -451,17 +468,19 @@ def _of_heads(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
 
 def _spelt_out(make: _Maker, site: graph.Site, heads: int, groups: int) -> Mutant:
     """An Attention that repeats heads itself: values repeated as it does, keys as tiles."""
-    copy, same = make.copy()
-    node = same[site.node]
-    build = _Tape()
-    for index, order in (
-        (1, [head % groups for head in range(heads)]),
-        (2, [head // (heads // groups) for head in range(heads)]),
-    ):
-        new = build.Gather(node.inputs[index], _constant(build, order), axis=1)
-        node.replace_input_with(index, new)
-    copy.graph.insert_before(node, build.nodes)
-    return Mutant("keys' heads repeated as tiles", site.name, copy)
+
+    def edit(same: Same) -> None:
+        node = same[site.node]
+        build = _Tape()
+        for index, order in (
+            (1, [head % groups for head in range(heads)]),
+            (2, [head // (heads // groups) for head in range(heads)]),
+        ):
+            new = build.Gather(node.inputs[index], _constant(build, order), axis=1)
+            node.replace_input_with(index, new)
+        node.graph.insert_before(node, build.nodes)
+
+    return make.mutant("keys' heads repeated as tiles", site.name, edit)
 
 
 # ── Weights and positions ───────────────────────────────────────────────────────────────────────
@@ -520,27 +539,27 @@ def _of_rotary(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
         chains = _chains(node.inputs[index], make.places.known)
         if not chains:
             continue
-        copy, same = make.copy()
-        for slot, chain in chains:  # from what the Mul reads up to Cos or Sin
+        steps = {}
+        for _, chain in chains:
             angle = values[0][chain[-1].inputs[0].name]
-            step = (angle[..., 1:2, :] - angle[..., :1, :]).reshape(-1, angle.shape[-1])[:1]
-            build = _Tape()
-            value = build.Add(same[chain[-1]].inputs[0], _constant(build, step, np.float32))
-            for one in reversed(chain):
-                mine = same[one]
-                inputs = [value, *mine.inputs[1:]]
-                if one is not chain[-1] and mine.inputs[0] is not _made(chain, one, same):
-                    inputs = [mine.inputs[0], value]
-                value = build.op(mine.op_type, inputs, dict(mine.attributes.items()))
-            mine = same[slot[0]]
-            mine.replace_input_with(slot[1], value)
-            copy.graph.insert_before(mine, build.nodes)
-        yield Mutant("rotary positions of queries shifted", site.name, copy)
+            step = angle[..., 1:2, :] - angle[..., :1, :]
+            steps[chain[-1]] = step.reshape(-1, angle.shape[-1])[:1]
 
+        def edit(same: Same, chains=chains, steps=steps) -> None:
+            for slot, chain in chains:  # from what the Mul reads up to Cos or Sin
+                build = _Tape()
+                before = same[chain[-1]].inputs[0]
+                new = build.Add(before, _constant(build, steps[chain[-1]], np.float32))
+                for one in reversed(chain):
+                    mine = same[one]
+                    inputs = [new if value is before else value for value in mine.inputs]
+                    before = mine.outputs[0]
+                    new = build.op(mine.op_type, inputs, dict(mine.attributes.items()))
+                mul = same[slot[0]]
+                mul.replace_input_with(slot[1], new)
+                mul.graph.insert_before(mul, build.nodes)
 
-def _made(chain: list[ir.Node], one: ir.Node, same: dict[ir.Node, ir.Node]) -> ir.Value:
-    """What the node above `one` in its chain gives, in the copy."""
-    return same[chain[chain.index(one) + 1]].outputs[0]
+        yield make.mutant("rotary positions of queries shifted", site.name, edit)
 
 
 def _chains(value: ir.Value, known: set[ir.Value]) -> list[tuple[Slot, list[ir.Node]]]:
@@ -604,23 +623,21 @@ def _of_buckets(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
         far = sorted({int(one) for one in (corners[0, -1], corners[-1, 0])} - {int(near)})
         if not far or len(set(corners.ravel())) < 4:
             continue
-        for user, at in node.outputs[0].uses()[:1] if False else []:
-            del user, at
-        copy, same = make.copy()
-        mine = same[node]
-        build = _Tape()
-        hit = None
-        for one in far:
-            equal = build.Equal(mine.inputs[1], _constant(build, one, index.dtype.type))
-            hit = equal if hit is None else build.Or(hit, equal)
-        if table:
-            hit = build.Unsqueeze(hit, _constant(build, [-1]))
-        uses = list(mine.outputs[0].uses())
-        new = build.Where(hit, _constant(build, 0, np.float32), mine.outputs[0])
-        for user, at in uses:
-            user.replace_input_with(at, new)
-        copy.graph.insert_after(mine, build.nodes)
-        yield Mutant("far buckets zeroed", graph.name(node), copy)
+
+        def edit(same: Same, node=node, far=far, kind=index.dtype.type, table=table) -> None:
+            mine = same[node]
+            build = _Tape()
+            hits = [build.Equal(mine.inputs[1], _constant(build, one, kind)) for one in far]
+            hit = functools.reduce(build.Or, hits)
+            if table:
+                hit = build.Unsqueeze(hit, _constant(build, [-1]))
+            uses = list(mine.outputs[0].uses())
+            new = build.Where(hit, _constant(build, 0, np.float32), mine.outputs[0])
+            for user, at in uses:
+                user.replace_input_with(at, new)
+            mine.graph.insert_after(mine, build.nodes)
+
+        yield make.mutant("far buckets zeroed", graph.name(node), edit)
 
 
 def _of_position_tables(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
@@ -643,37 +660,30 @@ def _of_position_tables(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
 # ── Branches ────────────────────────────────────────────────────────────────────────────────────
 
 
-def of_branches(model: ir.Model) -> Iterator[Mutant]:
-    """The wrong branch of an If: swapped, and one for both."""
-    number = sum(node.op_type == "If" for node in model.graph)
-    for which in range(number):
-        for kind, branches in (
-            ("branches of an If swapped", ("else_branch", "then_branch")),
-            ("then-branch of an If for both", ("then_branch", "then_branch")),
-            ("else-branch of an If for both", ("else_branch", "else_branch")),
-        ):
-            copies = [model.clone() for _ in range(3)]
-            copy, *others = copies
-            ifs = [[node for node in one.graph if node.op_type == "If"][which] for one in copies]
-            del others
-            yield Mutant(kind, graph.name(ifs[0]), _branched(copy, ifs[0], branches))
+def of_branches(model: onnx.ModelProto) -> Iterator[Mutant]:
+    """The wrong branch of each If: swapped, and one for both."""
+    for number, node in enumerate(model.graph.node):
+        if node.op_type == "If":
+            for kind, then, other in (
+                ("branches of an If swapped", "else_branch", "then_branch"),
+                ("then-branch of an If for both", "then_branch", "then_branch"),
+                ("else-branch of an If for both", "else_branch", "else_branch"),
+            ):
+                make = functools.partial(_branched, model, number, then, other)
+                yield Mutant(kind, node.name or node.output[0], make)
 
 
-def _branched(copy: ir.Model, node: ir.Node, branches: tuple[str, str]) -> ir.Model:
-    proto = ir.to_proto(copy)
-    for one in proto.graph.node:
-        if one.op_type == "If" and one.output[0] == node.outputs[0].name:
-            old = {part.name: type(part.g).FromString(part.g.SerializeToString()) for part in one.attribute}
-            for part in one.attribute:
-                wanted = branches[part.name == "else_branch"]
-                part.g.CopyFrom(old[wanted])
-                if branches[0] == branches[1] and part.name == "else_branch":
-                    _rename(part.g)
-    return ir.from_proto(proto)
+def _branched(model: onnx.ModelProto, number: int, then: str, other: str) -> onnx.ModelProto:
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    attributes = {one.name: one.g for one in model.graph.node[number].attribute}
+    for one in copy.graph.node[number].attribute:
+        one.g.CopyFrom(attributes[then if one.name == "then_branch" else other])
+    if then == other:  # names are single in a model
+        _rename(copy.graph.node[number].attribute[1].g)
+    return copy
 
 
-def _rename(inside) -> None:
-    """New names for what the branch computes: names are single in a model."""
+def _rename(inside: onnx.GraphProto) -> None:
     made = {name for node in inside.node for name in node.output if name}
     for node in inside.node:
         node.name = f"{node.name}_again"
@@ -709,34 +719,33 @@ def mutants(model: ir.Model, feeds: Sequence[Arrays]) -> Iterator[Mutant]:
     yield from _of_rotary(make, values)
     yield from _of_buckets(make, values)
     yield from _of_position_tables(make, values)
-    yield from of_branches(model)
+    yield from of_branches(ir.to_proto(model))
 
 
-def rescaled(model: ir.Model) -> ir.Model:
+def rescaled(model: ir.Model) -> onnx.ModelProto:
     """The same in other numbers: at each site queries × 1.3, and keys ÷ 1.3."""
     make = _Maker(model)
-    copy, same = make.copy()
-    for site in make.places.sites:
-        for what, operator in (("queries", "Mul"), ("keys", "Div")):
-            node, index = make.places.operand(site, what)
-            build = _Tape()
-            factor = _constant(build, 1.3, np.float32)
-            new = build.op(operator, [same[node].inputs[index], factor])
-            same[node].replace_input_with(index, new)
-            copy.graph.insert_before(same[node], build.nodes)
-    return copy
+
+    def edit(same: Same) -> None:
+        for site in make.places.sites:
+            for what, operator in (("queries", "Mul"), ("keys", "Div")):
+                slot = make.places.operand(site, what)
+                node, index = same[slot[0]], slot[1]
+                build = _Tape()
+                factor = _constant(build, 1.3, np.float32)
+                node.replace_input_with(index, build.op(operator, [node.inputs[index], factor]))
+                node.graph.insert_before(node, build.nodes)
+
+    return make.edited(edit)
 
 
-def scaled(model: ir.Model, factor: float) -> ir.Model:
-    """`model` with its outputs of float times `factor`, under the same names."""
-    copy = model.clone()
-    for number, value in enumerate(copy.graph.outputs):
-        if value.dtype != ir.DataType.FLOAT or factor == 1:
-            continue
-        build = _Tape()
-        new = build.Mul(value, _constant(build, factor, np.float32))
-        new.name, value.name = value.name, f"{value.name}_unscaled"
-        new.dtype, new.shape = value.dtype, value.shape
-        copy.graph.outputs[number] = new
-        copy.graph.extend(build.nodes)
+def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
+    """`model` with its outputs of float times `factor`."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in copy.graph.output:
+        if factor != 1 and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            name = f"{value.name}_scaled"
+            copy.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_by"))
+            copy.graph.node.append(helper.make_node("Mul", [value.name, f"{name}_by"], [name]))
+            value.name = name
     return copy
