@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 from proof_models import STUDIES, Arrays, Own, Study, compared, exported, feeds, merge
 from proof_mutants import Mutant, mutants, of_branches, rescaled, scaled
 
 from helpers import feeds as inferred
-from helpers import files, graph, parity
+from helpers import files, fuse, graph, parity
 
 TOLERANCE = 1e-4
 FACTORS = (1.0, 1e-4, 1e3)  # of the outputs
