@@ -210,6 +210,7 @@ def exported(study: Study, folder: Path, name: str, route: str) -> list[Path]:
                 _spread(model)
                 export.export(model, study.small.inputs(), path, route)
             return [path]
+        stem = f"{study.small.model}-{route}"  # the merged one has the other's export
         paths = [folder / f"{stem}-past.onnx", folder / f"{stem}-first.onnx"]
         for path, past in zip(paths[: 1 + study.merged], (True, False), strict=False):
             if not path.exists():

@@ -425,35 +425,47 @@ def _of_cap(make: _Maker) -> Iterator[Mutant]:
 
 
 def _taken(
-    make: _Maker, kind: str, site: graph.Site, what: str, order: list[int], shape: tuple[int, ...]
+    make: _Maker, kind: str, site: graph.Site, what: str, order: list[int], axis: int
 ) -> Mutant:
-    """The heads of an operand, on axis 1 of (B, N, …) or as blocks of the last of (B, S, N·D)."""
-    if len(shape) == 3:
-        width = shape[2] // len(order)
-        order = [head * width + i for head in order for i in range(width)]
+    """The heads of an operand in another order: on axis 1 of (B, N, …), or as blocks on the last
+    axis of (B, S, N·D), or on the first of (B·N, …)."""
 
     def change(build: _Tape, value: ir.Value) -> ir.Value:
-        return build.Gather(value, _constant(build, order), axis=1 if len(shape) == 4 else 2)
+        index = _constant(build, order)
+        if axis == 0:
+            rows = build.Gather(build.Shape(value), _constant(build, 0))
+            row = build.Range(_constant(build, 0), rows, _constant(build, 1))
+            head = build.Mod(row, _constant(build, len(order)))
+            index = build.Add(build.Sub(row, head), build.Gather(index, head))
+        return build.Gather(value, index, axis=axis)
 
     return make.replaced(kind, site.name, make.places.operand(site, what), change)
 
 
-def _of_heads(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
+def _of_heads(make: _Maker, batch: int, values: list[Arrays]) -> Iterator[Mutant]:
     for site in make.places.sites:
         arrays, heads = {}, {}
         for what in ("queries", "keys", "values"):
             node, index = make.places.operand(site, what)
-            arrays[what] = values[0][node.inputs[index].name]
-            named = "q_num_heads" if what == "queries" else "kv_num_heads"
-            is_split = arrays[what].ndim == 4
-            heads[what] = arrays[what].shape[1] if is_split else node.attributes.get_int(named, 0)
+            array = arrays[what] = values[0][node.inputs[index].name]
+            if array.ndim == 4:
+                heads[what] = array.shape[1]
+            elif site.scores is None:
+                named = "q_num_heads" if what == "queries" else "kv_num_heads"
+                heads[what] = node.attributes.get_int(named)
+            else:
+                heads[what] = array.shape[0] // batch
         for what in ("queries", "values"):
-            last = heads[what] - 1
-            if last > 0 and arrays[what].ndim in (3, 4):
-                order = [last, *range(1, last), 0]
-                yield _taken(
-                    make, f"two heads of {what} swapped", site, what, order, arrays[what].shape
-                )
+            last, shape = heads[what] - 1, arrays[what].shape
+            if last < 1:
+                continue
+            order, axis = [last, *range(1, last), 0], 1
+            if len(shape) == 3 and site.scores is None:
+                width, axis = shape[2] // len(order), 2
+                order = [head * width + i for head in order for i in range(width)]
+            elif len(shape) == 3:
+                axis = 0
+            yield _taken(make, f"two heads of {what} swapped", site, what, order, axis)
         keys, number = arrays["keys"], heads["keys"]
         if keys.ndim != 4 or number < 2:
             continue
@@ -463,7 +475,7 @@ def _of_heads(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
         group = next((i for i in range(1, number) if (keys[:, i] != keys[:, 0]).any()), number)
         if 1 < group < number:
             order = [head % (number // group) * group for head in range(number)]
-            yield _taken(make, "keys' heads repeated as tiles", site, "keys", order, keys.shape)
+            yield _taken(make, "keys' heads repeated as tiles", site, "keys", order, 1)
 
 
 def _spelt_out(make: _Maker, site: graph.Site, heads: int, groups: int) -> Mutant:
@@ -710,11 +722,12 @@ def mutants(model: ir.Model, feeds: Sequence[Arrays]) -> Iterator[Mutant]:
         ]
     wanted += [node.inputs[1] for node in _positions(make)]
     values = probe(model, wanted, feeds)
+    batch = len(next(iter(feeds[0].values())))
     yield from _of_masks(make, feeds[0], values)
     yield from _of_mask_inputs(make)
     yield from _of_scale(make, values)
     yield from _of_cap(make)
-    yield from _of_heads(make, values)
+    yield from _of_heads(make, batch, values)
     yield from _of_biases(make)
     yield from _of_rotary(make, values)
     yield from _of_buckets(make, values)
