@@ -16,7 +16,8 @@ import torch
 import transformers
 from onnx import compose, helper
 
-from helpers import export
+from helpers import export, files, graph
+from helpers.fusions import masks, rotary
 from helpers.fusions.architectures import ARCHITECTURES, Small
 from helpers.quiet import quiet
 
@@ -198,6 +199,13 @@ def merge(past: onnx.ModelProto, first: onnx.ModelProto) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=past.opset_import, ir_version=past.ir_version)
 
 
+def _repair(path: Path) -> None:
+    """Mend an export that runs on one sample alone, or masks with one row, as `fuse` does."""
+    model = graph.load(path)
+    if [*masks.repair(model), *rotary.repair(model)]:
+        files.save(model, path)
+
+
 def exported(study: Study, folder: Path, name: str, route: str) -> list[Path]:
     """The study's files: one; of a merged decoder that with a cache, and that without."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +217,7 @@ def exported(study: Study, folder: Path, name: str, route: str) -> list[Path]:
                 model = study.small.make(study.attention)
                 _spread(model)
                 export.export(model, study.small.inputs(), path, route)
+                _repair(path)
             return [path]
         stem = f"{study.small.model}-{route}"  # the merged one has the other's export
         paths = [folder / f"{stem}-past.onnx", folder / f"{stem}-first.onnx"]
@@ -217,6 +226,7 @@ def exported(study: Study, folder: Path, name: str, route: str) -> list[Path]:
                 model = study.small.make(study.attention)
                 _spread(model)
                 _export_cached(model, path, route, past=past)
+                _repair(path)
         return paths[: 1 + study.merged]
 
 

@@ -548,6 +548,10 @@ def _of_rotary(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
     of the queries alone is that of the next position."""
     for site in make.places.sites:
         node, index = make.places.operand(site, "queries")
+        operator = _operator(node.inputs[index])
+        if operator is not None:
+            yield _turned(make, site, operator, values[0])
+            continue
         chains = _chains(node.inputs[index], make.places.known)
         if not chains:
             continue
@@ -572,6 +576,37 @@ def _of_rotary(make: _Maker, values: list[Arrays]) -> Iterator[Mutant]:
                 mul.graph.insert_before(mul, build.nodes)
 
         yield make.mutant("rotary positions of queries shifted", site.name, edit)
+
+
+def _operator(value: ir.Value) -> ir.Node | None:
+    """The RotaryEmbedding above a query, before any product."""
+    queue, seen = [value], set()
+    while queue:
+        node = queue.pop(0).producer()
+        if node is None or node in seen or node.op_type in ("Gemm", "MatMul"):
+            continue
+        if node.op_type == "RotaryEmbedding":
+            return node
+        seen.add(node)
+        queue += [one for one in node.inputs if one is not None]
+    return None
+
+
+def _turned(make: _Maker, site: graph.Site, node: ir.Node, values: Arrays) -> Mutant:
+    """The standard RotaryEmbedding, whose cosines and sines, (B, S, D/2), are inputs: they are
+    those of the sum of the angle and that of one step."""
+    cos, sin = (values[node.inputs[index].name] for index in (1, 2))
+    turn = (cos + 1j * sin)[:1, 1:2] / (cos + 1j * sin)[:1, :1]
+
+    def edit(same: Same) -> None:
+        mine, build = same[node], _Tape()
+        cos, sin = mine.inputs[1:3]
+        c, s = (_constant(build, part, np.float32) for part in (turn.real, turn.imag))
+        mine.replace_input_with(1, build.Sub(build.Mul(cos, c), build.Mul(sin, s)))
+        mine.replace_input_with(2, build.Add(build.Mul(sin, c), build.Mul(cos, s)))
+        mine.graph.insert_before(mine, build.nodes)
+
+    return make.mutant("rotary positions of queries shifted", site.name, edit)
 
 
 def _chains(value: ir.Value, known: set[ir.Value]) -> list[tuple[Slot, list[ir.Node]]]:
@@ -717,6 +752,8 @@ def mutants(model: ir.Model, feeds: Sequence[Arrays]) -> Iterator[Mutant]:
         slots += make.places.masks(site)
         wanted += [node.inputs[index] for node, index in slots]
         node, index = slots[0]
+        operator = _operator(node.inputs[index])
+        wanted += operator.inputs[1:3] if operator is not None else []
         wanted += [
             chain[-1].inputs[0] for _, chain in _chains(node.inputs[index], make.places.known)
         ]
