@@ -278,14 +278,14 @@ def _feed(study: Study, padding: str) -> Own:
 
 
 def _with_cache(one: Own, study: Study) -> list[Own]:
-    """`one` cut into a cache and new tokens, and without a cache."""
+    """`one` cut into a cache and new tokens, and without a cache: that is empty, or where a flag
+    says that there is none, has one key that is to be ignored."""
     random = np.random.default_rng(6)
     ids, mask = one.arrays["input_ids"], one.arrays["attention_mask"]
     made = []
-    for past in (PAST, 0):
-        shape = (2, 2, past, 16)
+    for past, length in ((PAST, PAST), (0, 0), *([(0, 1)] if study.merged else [])):
         cache = {
-            name: random.normal(size=shape).astype(np.float32)
+            name: random.normal(size=(2, 2, length, 16)).astype(np.float32)
             for name in _cache_names("past_key_values")
         }
         tokens = ids[:, past:]
