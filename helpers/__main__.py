@@ -19,6 +19,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
 def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import graph
     from helpers.fusions import repairs
@@ -152,7 +159,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--inputs", type=Path, metavar="FEEDS.npz", help="one array for each input"
     )
     compare.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest difference allowed, for who knows it"
+        "--tolerance",
+        type=_positive,
+        metavar="X",
+        help="largest difference allowed, for who knows it",
     )
     compare.add_argument(
         "--save-inputs",

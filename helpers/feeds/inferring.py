@@ -8,27 +8,31 @@ each window. A feed that the model refuses is passed over, and named.
 """
 
 import dataclasses
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 
 from helpers import files, graph
 from helpers.feeds import inputs, masks, reach
 from helpers.feeds.feed import Feed
-from helpers.feeds.inputs import Input
-from helpers.feeds.scores import Scores
-from helpers.feeds.sizes import BATCH, At, Sizes, size
+from helpers.feeds.sizes import BATCH, At
+from helpers.feeds.trial import Flags, Trial
 
-PATIENCE = 60  # seconds in which sizes are tried that fail
 QUICK, BEARABLE = 1.5, 8.0  # seconds of one run: to go beyond any window, and beyond a known one
+COMBINATIONS = 16  # of flags, up to which all are tried
 _SCALED_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
-
-Flags = dict[str, int]
+_WORDS = {  # of the description, by padding
+    "no": "not at all",
+    "right": "right",
+    "left": "left",
+    "holes": "with holes",
+    "causal": "causal",
+    "bias": "normal numbers in an additive mask",
+    "all": "altogether",
+}
 
 
 def infer(path: str | Path) -> tuple[list[Feed], str]:
@@ -36,105 +40,94 @@ def infer(path: str | Path) -> tuple[list[Feed], str]:
 
     Raises `files.BadInput` where an input cannot be inferred, or the model runs on nothing tried.
     """
-    trial = _Trial(Path(path).absolute())
+    trial = Trial(Path(path).absolute())
     try:
-        return trial.feeds(), trial.description()
+        making = _Making(trial)
+        return making.feeds(), making.description()
     finally:
         trial.scores.close()
 
 
-class _Trial:
-    """The model at `path`, and what was found out by running it."""
+class Variant(NamedTuple):
+    """A feed to make: its sizes, and what its masks do, or `only` the one of that name."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.model = graph.load(path, weights=False)
-        self.inputs = inputs.read(self.model, path)
-        for one in self.inputs:
-            if one.indexes or (one.dtype.kind not in "fiub" and not one.is_float):
-                raise files.BadInput(
-                    f"{path}: expected inputs that can be inferred (ids, masks, floats), found"
-                    f" {one}; give --inputs FEEDS.npz"
-                )
-        self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
-        self.sizes = Sizes(self.inputs)
-        self.session = _session(path)
-        self.scores = Scores(path)
-        self.masks = [one for one in self.inputs if one.is_mask]
-        self.flags = [one for one in self.inputs if one.role == "flag"]
-        self.windows = reach.windows(self.model)
-        self.rows = reach.table(self.model)
-        operators = {node.op_type for node in graph.nodes(self.model)}
+    name: str
+    at: At
+    padding: str
+    only: str = ""
+
+
+class _Making:
+    """The feeds for a model, as they are made."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.sizes = trial, trial.sizes
+        self.windows = reach.windows(trial.model)
+        self.rows = reach.table(trial.model)
+        operators = {node.op_type for node in graph.nodes(trial.model)}
         self.scaled_together = not operators.isdisjoint(_SCALED_TOGETHER)
+        self.marking = any(one.special for one in trial.inputs)  # ids that are compared: padding
+        self.all_have_keys = False
         self.reached = 0  # positions, in the longest feed
         self.passed: list[str] = []  # feeds that are passed over, and why
         self.notes: list[str] = []
+        self.paddings: set[str] = set()
         self.made: list[Feed] = []
-        self.all_have_keys = False
-        self.paddings: set[str] = set()  # that these have
-
-    # ── Running ─────────────────────────────────────────────────────────────────────────────────
-
-    def arrays(self, at: At, padding: str = "no", flags: Flags | None = None) -> masks.Arrays:
-        """Seeded values for every input, of the sizes `at`; masks have `padding`."""
-        sizes, random = self.sizes.assign(at), np.random.default_rng(0)
-        arrays = {}
-        for one in self.inputs:
-            shape = tuple(size(dim, sizes) for dim in one.dims)
-            past = self.sizes.before(at)
-            values = _values(one, shape, self.sizes.queries(at), past, random)
-            if one.is_mask:
-                values = masks.filled(one, shape, padding, past)
-            elif one.role == "flag":
-                values = np.full(shape, (flags or {}).get(one.name, 0))
-            arrays[one.name] = np.asarray(values).astype(one.dtype)
-        return arrays
-
-    def problem(self, at: At, flags: Flags, padding: str = "no") -> Exception | None:
-        """Why the model does not run on sizes `at`, or None."""
-        try:
-            self.session.run(None, self.arrays(at, padding, flags))
-        except Exception as error:  # ONNX Runtime's own types, or a size that cannot be
-            return error
-        return None
-
-    def seconds(self, at: At, flags: Flags) -> float:
-        start = time.perf_counter()
-        failed = self.problem(at, flags)
-        return float("inf") if failed else time.perf_counter() - start
-
-    # ── Feeds ───────────────────────────────────────────────────────────────────────────────────
 
     def feeds(self) -> list[Feed]:
         """All feeds that the model runs on, every combination of flags among them."""
+        trial = self.trial
         smallest: list[tuple[Flags, At]] = []
         problems: list[Exception] = []
         chosen: list[tuple[bool, ...]] = []
-        values = [inputs.flag_values(self.model, one) for one in self.flags]
-        for combination in product(*values[:3]):
-            flags = dict(zip([one.name for one in self.flags], combination, strict=False))
-            at = self._smallest(flags, problems)
+        for flags in self._combinations():
+            at = trial.smallest(flags, problems)
             if at is None:
                 self.notes.append(f"not run: {_flags(flags)}")
                 continue
-            choice = self.scores.choice(self.arrays(at, "no", flags)) if flags else ()
+            choice = trial.scores.choice(trial.arrays(at, "no", flags)) if flags else ()
             if choice not in chosen:
                 smallest.append((flags, at))
                 chosen.append(choice)
         if not smallest:
-            raise self._refused(problems)
+            raise trial.refused(problems)
         for flags, at in smallest:
-            self._find_senses(flags, at)
+            trial.find_senses(flags, at)
         for flags, at in smallest:
             prefix = f"{_flags(flags)}, " if flags else ""
-            for name, sizes, padding in self._variants(flags, at):
-                self._add(prefix + name, sizes, padding, flags)
+            for variant in self._variants(flags, at):
+                self._add(variant._replace(name=prefix + variant.name), flags)
         if not self.made:
-            raise self._refused(problems)
+            raise trial.refused(problems) if problems else self._none()
         self._other_branches(*smallest[0])
+        self._name_what_is_left()
+        return self.made
+
+    def _none(self) -> files.BadInput:
+        return files.BadInput(
+            f"{self.trial.path}: expected a model that runs on inputs inferred from its graph,"
+            f" found that it refuses each: {'; '.join(self.passed)[:400]}; give --inputs FEEDS.npz"
+        )
+
+    def _combinations(self) -> list[Flags]:
+        """Values for the flags: all combinations, or of many flags one changed at a time."""
+        names = [one.name for one in self.trial.flags]
+        values = [inputs.flag_values(self.trial.model, one) for one in self.trial.flags]
+        if np.prod([len(one) for one in values]) <= COMBINATIONS:
+            return [dict(zip(names, each, strict=True)) for each in product(*values)]
+        first, last = ({n: v[i] for n, v in zip(names, values, strict=True)} for i in (0, -1))
+        single = [
+            base | {name: value}
+            for base in (first, last)
+            for name, each in zip(names, values, strict=True)
+            for value in each
+        ]
+        return [first, last, *(one for one in single if one not in (first, last))]
+
+    def _name_what_is_left(self) -> None:
         unrun = [
             f"the {'else' if seen == {True} else 'then'} branch of {name}"
-            for name, seen in self.scores.branches.items()
+            for name, seen in self.trial.scores.branches.items()
             if len(seen) == 1
         ]
         if unrun:
@@ -143,89 +136,40 @@ class _Trial:
         for window in self.windows:
             if window >= self.reached:
                 self.notes.append(f"a window of {window} is not reached")
-        return self.made
 
-    def _smallest(self, flags: Flags, problems: list[Exception]) -> At | None:
-        """The first sizes that the model runs on."""
-        constants = [one for one in reach.written(self.model) if one <= 4096][:40]
-        constants += [one - 1 for one in constants if one > 2]  # without what a class token adds
-        start = time.monotonic()
-        for at in self.sizes.tries(constants):
-            failed = self.problem(at, flags)
-            if failed is None:
-                return self._with_heads(at, flags)
-            problems.append(failed)
-            if time.monotonic() - start > PATIENCE:
-                break
-        return None
+    def _variants(self, flags: Flags, smallest: At) -> Iterator[Variant]:
+        """The feeds to make, the shortest first."""
+        short, single, more = self._lengths(flags, smallest)
+        several = [one for one in self.trial.masks if one.pairs or len(one.dims) > 1]
+        pairs = any(one.pairs for one in several)
+        padded = bool(several or self.marking)
+        yield Variant("short", single, "no")
+        yield Variant("long, causal" if pairs else "long", more, "causal" if pairs else "no")
+        if padded:
+            yield Variant("short, padded on the right", short, "right")
+            yield Variant("long, padded on the left", more, "left")
+            yield Variant("short, with holes", short, "holes")
+        for one in several if len(several) > 1 else ():  # what one masks, another may hide
+            yield Variant(f"short, {one.name} alone padded on the right", short, "right", one.name)
+            yield Variant(f"short, {one.name} alone with holes", short, "holes", one.name)
+        if several:
+            yield Variant("short, one sample padding altogether", short, "all")
+        if any(one.additive for one in several):
+            yield Variant("short, a bias of normal numbers", short, "bias")
+        if self.sizes.past:
+            padding = "left" if padded else "no"
+            one, seven = (dataclasses.replace(more, past=5, token=n) for n in (1, 7))
+            yield Variant("without past", dataclasses.replace(more, past=0), padding)
+            yield Variant("a past, one query", dataclasses.replace(one, apart=0), padding)
+            yield Variant("a past, several queries", seven, padding)
+        yield from self._beyond(flags, more, "left" if padded else "no")
 
-    def _with_heads(self, at: At, flags: Flags) -> At:
-        """The same with as many heads as the scores have: with fewer, a mask of (batch · heads, …)
-        may be taken for one that all samples share."""
-        if "folded" not in self.sizes.kind.values() or not self.scores:
-            return at
-        for masked in self.scores.masked(self.arrays(at, "no", flags)):
-            if masked.ndim == 4:
-                other = dataclasses.replace(at, heads=masked.shape[1])
-                if self.problem(other, flags) is None:
-                    return other
-        return at
-
-    def _refused(self, problems: list[Exception]) -> files.BadInput:
-        """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
-        from helpers.fusions import repairs
-
-        listed = "; ".join(map(str, self.inputs))
-        furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))
-        needed = repairs.needed(self.model)
-        if needed:
-            return files.BadInput(
-                f"{self.path}: expected a model that ONNX Runtime runs, found that it refuses"
-                f" {needed[0]} on any input: {files.told(furthest)}; `python -m helpers fuse`"
-                " repairs that: compare what it writes"
-            )
-        if written := self._written(furthest):
-            return files.BadInput(
-                f"{self.path}: expected a model that runs on inputs inferred from its graph"
-                f" ({listed}), found {written}; export it again with dynamo=True, or give --inputs"
-                " FEEDS.npz of the size that was exported"
-            )
-        return files.BadInput(
-            f"{self.path}: expected a model that runs on inputs inferred from its graph ({listed}),"
-            f" found: {files.told(furthest)}; give --inputs FEEDS.npz"
-        )
-
-    def _written(self, error: Exception) -> str:
-        """What is said of a Reshape or Expand that fits one size alone; empty for another error."""
-        text = str(error)
-        if not re.search(r"running (Reshape|Expand) node", text) or not _node(error):
-            return ""
-        sizes = re.search(r"requested shape: ?\{([^}]*)\}", text)
-        return (
-            f"sizes that the exporter wrote into node {_node(error)}"
-            f" ({sizes[1] if sizes else files.told(error, 100)}), so that it fits one length only"
-        )
-
-    def _find_senses(self, flags: Flags, at: At) -> None:
-        """What the masks mean, as far as it shows with these flags."""
-        unknown = [one for one in self.masks if one.is_mask and not one.in_scores]
-        if not unknown:
-            return
-
-        def build() -> masks.Arrays:
-            return self.arrays(at, "no", flags)
-
-        def outputs(arrays: masks.Arrays) -> list[np.ndarray]:
-            return self.session.run(None, arrays)
-
-        masks.find_senses(unknown, self.scores, build, outputs)
-        self.masks = [one for one in self.masks if one.is_mask]
-
-    def _variants(self, flags: Flags, smallest: At) -> Iterator[tuple[str, At, str]]:
-        """The feeds to make, by name: sizes, and what the masks do."""
+    def _lengths(self, flags: Flags, smallest: At) -> tuple[At, At, At]:
+        """Sizes of the short feeds, of one sample of these, and of the long feeds."""
+        trial = self.trial
 
         def runs(at: At) -> bool:
-            return self.problem(at, flags) is None
+            return trial.problem(at, flags) is None
 
         # The smallest signal proves little: convolutions may leave one frame of it: one key.
         factors = (40 if self.sizes.waveform else 16 if self.sizes.image else 4, 4, 2, 1)
@@ -240,38 +184,21 @@ class _Trial:
         kinds = set(self.sizes.kind.values())
         if smallest.batch == 1 and BATCH in kinds:
             self.notes.append("batch 1, since the model refuses a batch of 2")
-        same_batch = dataclasses.replace(long, batch=short.batch)
-        if kinds & {"token", "signal"} and self.sizes.assign(same_batch) == self.sizes.assign(
-            short
-        ):
-            signal, token = 2 * smallest.signal, smallest.token + 1
-            failed = self.problem(dataclasses.replace(smallest, signal=signal, token=token), flags)
-            if failed is not None and (written := self._written(failed)):
+        same = self.sizes.assign(dataclasses.replace(long, batch=short.batch))
+        if kinds & {"token", "signal"} and same == self.sizes.assign(short):
+            other = {"signal": 2 * smallest.signal, "token": smallest.token + 1}
+            failed = trial.problem(dataclasses.replace(smallest, **other), flags)
+            if failed is not None and (written := trial.written(failed)):
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
-        pairs = any(one.pairs for one in self.masks)
-        yield "short", single, "no"
-        yield ("long, causal" if pairs else "long"), more, "causal" if pairs else "no"
-        if self.masks:
-            yield "short, padded on the right", short, "right"
-            yield "long, padded on the left", more, "left"
-            yield "short, with holes", short, "holes"
-            yield "short, one sample padding altogether", short, "all"
-        if self.sizes.past:
-            padding = "left" if self.masks else "no"
-            yield "without past", dataclasses.replace(more, past=0), padding
-            yield "a past, one query", dataclasses.replace(more, past=5, token=1, apart=0), padding
-            yield "a past, several queries", dataclasses.replace(more, past=5, token=7), padding
-        yield from self._beyond(flags, more)
+        return short, single, more
 
-    def _beyond(self, flags: Flags, long: At) -> Iterator[tuple[str, At, str]]:
+    def _beyond(self, flags: Flags, long: At, padding: str) -> Iterator[Variant]:
         """Feeds beyond each window that can be reached, as long as a run is bearable."""
         kinds = set(self.sizes.kind.values())
         if not kinds & {"token", "signal"} or self.sizes.image:
             return
-        start = self._positions(long, flags)
+        start, past = self.trial.positions(long, flags), self.sizes.before(long)
         batch = 2 if long.batch > 1 else 1
-        padding = "left" if self.masks else "no"
-        past = self.sizes.before(long)
         most = reach.ENOUGH if self.rows is None else self.rows
 
         def longer(length: int) -> At:
@@ -281,7 +208,7 @@ class _Trial:
 
         length = self._longest(longer, start, most, flags)
         if length > start:
-            yield f"beyond {length - 1} positions", longer(length), padding
+            yield Variant(f"beyond {length - 1} positions", longer(length), padding)
         if self.sizes.past:
             single = dataclasses.replace(long, batch=batch, token=1, apart=0)
 
@@ -290,159 +217,101 @@ class _Trial:
 
             length = self._longest(farther, 6, most, flags)
             if length > start:
-                yield f"beyond a past of {length - 2}", farther(length), padding
+                yield Variant(f"beyond a past of {length - 2}", farther(length), padding)
 
     def _longest(self, sized: Callable[[int], At], start: int, most: int, flags: Flags) -> int:
         """The greatest length up to `most` that the model runs on (a table of positions may end),
         and that takes little time, or is beyond a window."""
         near = {w + max(8, w // 8) for w in self.windows}
         steps = sorted({64, 256, most} | {w for w in near if w < most})
-        length, spent = start, self.seconds(sized(start), flags)
+        length, spent = start, self.trial.seconds(sized(start), flags)
         for wanted in (step for step in steps if step > start):
             predicted = spent * (wanted / length) ** 2
             if predicted > (BEARABLE if wanted in near else QUICK):
                 continue
-            spent = self.seconds(sized(wanted), flags)
+            spent = self.trial.seconds(sized(wanted), flags)
             if spent == float("inf"):
-                return self._last(sized, length, wanted, flags)
+                return self.trial.last(sized, length, wanted, flags)
             length = wanted
         return length
 
-    def _last(self, sized: Callable[[int], At], low: int, high: int, flags: Flags) -> int:
-        """The last length that the model runs on: it does on `low`, and does not on `high`."""
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self.problem(sized(middle), flags) is None
-            low, high = (middle, high) if fits else (low, middle)
-        return low
-
-    def _positions(self, at: At, flags: Flags) -> int:
-        """How many keys there are at sizes `at`, in the site that has most."""
-        try:
-            masked = self.scores.masked(self.arrays(at, "no", flags)) if self.scores else []
-        except Exception:  # ONNX Runtime's own types
-            masked = []
-        kinds = set(self.sizes.kind.values())
-        counted = at.signal
-        if "token" in kinds or "signal" not in kinds:
-            counted = self.sizes.queries(at) + self.sizes.before(at)
-        return max([one.shape[-1] for one in masked if one.ndim], default=counted)
-
-    def _add(self, name: str, at: At, padding: str, flags: Flags) -> None:
+    def _add(self, variant: Variant, flags: Flags) -> None:
         """Make one feed, unless the model refuses it."""
+        trial, (name, at, padding, only) = self.trial, variant
         if padding == "all" and self.scaled_together:
             return  # one scale for a whole tensor: what has no key would move all others
-        if any(one.counted for one in self.masks) and padding in ("all", "holes"):
+        if any(one.counted for one in trial.masks) and padding in ("all", "holes"):
             return  # keys are counted there, and none is no count
         if any(feed.name == name for feed in self.made):
             return
-        if at.batch > 1 and self.problem(at, flags, padding) is not None:
+        if at.batch > 1 and trial.problem(at, flags, padding) is not None:
             at = dataclasses.replace(at, batch=1)
-        arrays = self.arrays(at, padding, flags)
+        arrays = trial.arrays(at, padding, flags, only)
         try:
-            self.session.run(None, arrays)
-            masked = self._masked(arrays)
+            trial.session.run(None, arrays)
+            masked, keys = self._masked(arrays, at)
         except Exception as error:  # ONNX Runtime's own types
             self.passed.append(f"{name} ({files.told(error, 160)})")
             return
-        lacking = masked is not None and any(one.any() for one in masked)
-        if lacking and self.scaled_together:
+        if self.scaled_together and any(one.any() for one in masked or ()):
             self.passed.append(f"{name} (rows without a key would move the scale of all others)")
             return
-        keys = {
+        known = {
             one.name: arrays[one.name] == one.keep
-            for one in self.masks
+            for one in trial.masks
             if len(one.dims) == 2 and not one.pairs
         }
         roles = ("ids", "floats", "integers")
-        fixed = frozenset(one.name for one in self.inputs if one.role not in roles)
+        fixed = frozenset(one.name for one in trial.inputs if one.role not in roles)
         self.paddings.add(padding)
-        self.made.append(Feed(name, arrays, keys, True, masked, fixed))
-        self.reached = max(self.reached, self._positions(at, flags))
+        self.made.append(Feed(name, arrays, known, True, masked, fixed))
+        self.reached = max(self.reached, keys)
 
-    def _masked(self, arrays: masks.Arrays) -> list[np.ndarray] | None:
-        """Where queries have no key; None where the graph does not tell. Where there is no mask to
-        feed, the first feed tells for all."""
-        if self.all_have_keys or not self.scores:
-            return None
-        masked = self.scores.masked(arrays)
-        self.keys = max([one.shape[-1] for one in masked if one.ndim], default=0)
+    def _masked(self, arrays: masks.Arrays, at: At) -> tuple[list[np.ndarray] | None, int]:
+        """Where queries have no key, or None where the graph does not tell; and how many keys there
+        are. Where there is nothing to mask with, the first feed tells for all."""
+        if self.all_have_keys or not self.trial.scores:
+            return None, self.trial.counted(at)
+        masked = self.trial.scores.masked(arrays)
+        keys = max([one.shape[-1] for one in masked if one.ndim], default=self.trial.counted(at))
         lacking = [one.all(axis=-1) for one in masked]
-        if not self.masks and not self.flags:
+        if not (self.trial.masks or self.trial.flags or self.marking):
             self.all_have_keys = not any(one.any() for one in lacking)
-        return lacking or None
+        return lacking or None, keys
 
     def _other_branches(self, flags: Flags, at: At) -> None:
         """Feeds of the sizes that conditions ask for, where a branch has not run yet."""
-        if all(len(seen) > 1 for seen in self.scores.branches.values()):
+        if all(len(seen) > 1 for seen in self.trial.scores.branches.values()):
             return
-        near = {c + more for c in reach.conditions(self.model) for more in (-1, 0, 1)}
+        near = {c + more for c in reach.conditions(self.trial.model) for more in (-1, 0, 1)}
         for length in sorted({at.token, at.signal, *(c for c in near if 0 < c <= reach.ENOUGH)}):
             kinds = [{"token": length, "signal": length}]
             kinds += [{"past": length}] if self.sizes.past else []
             kinds += [{"batch": length}] if length < 9 else []
             for kind in kinds:
                 other = dataclasses.replace(at, **kind)
-                before = sum(map(len, self.scores.branches.values()))
+                before = sum(map(len, self.trial.scores.branches.values()))
                 try:
-                    self.scores.choice(self.arrays(other, "no", flags))
+                    self.trial.scores.choice(self.trial.arrays(other, "no", flags))
                 except Exception:  # ONNX Runtime's own types: it does not run so
                     continue
-                if sum(map(len, self.scores.branches.values())) > before:
+                if sum(map(len, self.trial.scores.branches.values())) > before:
                     name = ", ".join(f"{one} {length}" for one in kind)
-                    self._add(f"for another branch: {name}", other, "no", flags)
+                    self._add(Variant(f"for another branch: {name}", other, "no"), flags)
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""
-        parts = [one.described() for one in self.inputs]
-        first = self.inputs[0].name if self.inputs else ""
+        parts = [one.described() for one in self.trial.inputs]
+        first = self.trial.inputs[0].name if self.trial.inputs else ""
         shapes = dict.fromkeys(str(feed.arrays[first].shape) for feed in self.made if first)
         parts.append(f"{first} {', '.join(shapes)}")
-        if self.masks:
-            words = {"no": "not at all", "right": "right", "left": "left", "holes": "with holes"}
-            words |= {"causal": "causal", "all": "altogether"}
-            parts.append("padded " + ", ".join(words[one] for one in words if one in self.paddings))
+        if self.trial.masks or self.marking:
+            padded = [word for padding, word in _WORDS.items() if padding in self.paddings]
+            parts.append(f"padded {', '.join(padded)}")
         if self.passed:
             parts.append(f"passed over: {'; '.join(self.passed)}")
         return "inferred: " + "; ".join([*parts, *dict.fromkeys(self.notes)])
 
 
-def _session(path: Path) -> ort.InferenceSession:
-    """A session as users make it, or where what it optimises cannot be loaded, as it is."""
-    try:
-        return files.session(path)
-    except Exception:  # ONNX Runtime's own types
-        try:
-            return files.session(path, optimise=False)
-        except Exception as error:
-            raise files.refused(path, error) from None
-
-
 def _flags(flags: Mapping[str, int]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in flags.items())
-
-
-def _node(error: Exception) -> str:
-    """The name of the node at which ONNX Runtime stopped, or nothing."""
-    found = re.search(r"Name: ?'([^']*)'", str(error))
-    return found[1] if found else ""
-
-
-def _values(
-    one: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
-) -> np.ndarray:
-    """Seeded values for an input that is no mask and no flag."""
-    if one.role in ("floats", "cache", "cross"):
-        return random.normal(size=shape)
-    if one.role == "ids":
-        return random.integers(one.low, one.bound, size=shape)
-    if one.role == "integers":
-        return random.integers(0, 2, size=shape)
-    if one.role == "positions":
-        return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
-    length = token + (past if one.role in ("last", "total") else 0)
-    if one.role == "total":
-        return np.full(shape, length)
-    # The first sample is as long as all positions, the others are shorter.
-    lengths = np.maximum(length - np.arange(int(np.prod(shape))) * max(length // 3, 1), 1)
-    return lengths.reshape(shape) - (one.role == "last")

@@ -80,6 +80,9 @@ class Input:
     drop: float = 0
     pairs: bool = False
     in_scores: bool = False
+    special: tuple[
+        int, ...
+    ] = ()  # values that the graph compares it with: of ids, padding or an end
     counted: bool = False  # whether its keys are counted, and the count given to an operator
 
     @property
@@ -138,6 +141,9 @@ def read(model: ir.Model, path: Path) -> list[Input]:
             )
         found.append(Input(value.name, value.dtype.numpy(), _dims(value)))
     values = {value.name: value for value in model.graph.inputs}
+    for one in found:
+        if not one.is_float and one.dtype.kind != "b":
+            one.special = _compared(values[one.name])
     paths = _score_paths(model)
     for one in found:
         one.role = _role(one, values[one.name], paths)
@@ -302,6 +308,17 @@ def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.
                 queue.extend(node.outputs)
 
 
+def _compared(value: ir.Value) -> tuple[int, ...]:
+    """The numbers that an input of integers is compared with, or those next to them."""
+    found: set[int] = set()
+    for node, at in _sinks(value, _SHAPING):
+        number = _number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
+        if number is not None:
+            above = {"Greater": 1, "Less": -1}.get(node.op_type, 0) * (1 if at == 0 else -1)
+            found.add(int(number) + above)
+    return tuple(sorted(found))
+
+
 def _grows(cache: ir.Value) -> bool:
     """Whether new keys or values are appended to a cache: by Concat, or by an operator."""
     return any(
@@ -332,23 +349,24 @@ def _rotates(value: ir.Value) -> bool:
 
 
 def _score_paths(model: ir.Model) -> set[tuple[ir.Node, int]]:
-    """Where something meets the scores of an attention site beside them: node, and input.
+    """Where something meets the scores of an attention site, or its weights, beside them: node, and
+    input.
 
-    That is between the product of queries with keys and the Softmax, or at an operator's own mask.
+    That is between the product of queries with keys and the Softmax, between that and the product
+    with the values, or at an operator's own mask.
     """
     found = set()
     for site in graph.sites(model):
         masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
         found |= {(site.node, at) for at in masks}
-        if site.scores is None:
-            continue
-        below, queue = set(site.scores.outputs), [*site.scores.outputs]
-        while queue:
-            for user in queue.pop().consumers():
-                if user is site.node or user.op_type not in _SHAPING | _ELEMENTWISE:
-                    continue
-                found |= {(user, at) for at, v in enumerate(user.inputs) if v not in below}
-                fresh = [v for v in user.outputs if v not in below]
-                below.update(fresh)
-                queue += fresh
+        for start in (site.scores, site.node) if site.scores is not None else ():
+            below, queue = set(start.outputs), [*start.outputs]
+            while queue:
+                for user in queue.pop().consumers():
+                    if user is site.node or user.op_type not in _SHAPING | _ELEMENTWISE:
+                        continue
+                    found |= {(user, at) for at, v in enumerate(user.inputs) if v not in below}
+                    fresh = [value for value in user.outputs if value not in below]
+                    below.update(fresh)
+                    queue += fresh
     return found

@@ -19,7 +19,7 @@ from helpers.feeds.scores import Scores
 LOWEST = float(np.finfo(np.float32).min)
 # What stands for no key in an additive mask, by what is masked.
 VERY_LOW = {"causal": LOWEST, "right": -np.inf, "left": LOWEST, "holes": -1e4, "all": LOWEST}
-PADDINGS = ("no", "causal", "right", "left", "holes", "all")
+PADDINGS = ("no", "causal", "right", "left", "holes", "bias", "all")
 
 Arrays = dict[str, np.ndarray]
 
@@ -180,7 +180,26 @@ def filled(one: Input, shape: tuple[int, ...], padding: str, past: int = 0) -> n
     array = np.full(shape, one.keep, dtype=np.float64 if one.is_float else one.dtype)
     drop = VERY_LOW.get(padding, one.drop) if one.additive else one.drop
     array[~kept] = max(drop, lowest(one.dtype)) if np.isfinite(drop) else drop
+    random = np.random.default_rng(2)
+    if one.additive and padding == "bias":
+        array = random.normal(size=shape)
+    special = [value for value in one.special if value not in (one.keep, one.drop)]
+    if special and padding != "no":  # values that mean more than that there is a key
+        marked = kept & (random.random(shape) < 0.2)
+        array[marked] = random.choice(special, size=int(marked.sum()))
     return array.astype(one.dtype)
+
+
+def ids(
+    one: Input, shape: tuple[int, ...], padding: str, random: np.random.Generator
+) -> np.ndarray:
+    """Ids within bounds; where there is padding, those that the graph compares ids with."""
+    array = random.integers(one.low, one.bound, size=shape)
+    special = [value for value in one.special if one.low <= value < one.bound]
+    if special and padding not in ("no", "causal", "bias", "all") and len(shape) > 1:
+        marked = ~_keys(shape, padding, shape[-1])
+        array[marked] = np.random.default_rng(2).choice(special, size=int(marked.sum()))
+    return array
 
 
 def _keys(shape: tuple[int, ...], padding: str, most: int) -> np.ndarray:

@@ -118,7 +118,9 @@ class Sizes:
     def assign(self, at: "At") -> dict[str, int]:
         """Sizes by name. Token lengths of other names (an encoder's, a decoder's) are apart."""
         queries = self.queries(at)
+        lengths = {"token": at.token, "signal": at.signal}
         masks = {"token": queries, "sum": queries + self.before(at), "signal": at.signal}
+        masks["all"] = sum(lengths.get(kind, 0) for kind in self.kind.values())
         queries = at.signal if at.mask == "signal" else queries
         sizes = {
             BATCH: at.batch,
@@ -146,7 +148,7 @@ class Sizes:
             masks = ("sum", "token", "signal")
         elif "signal" in kinds and (self.waveform or "token" not in kinds):
             masks = ("signal", "token", "sum")  # of another length it runs too, and masks nothing
-        masks = masks if kinds & {"mask", "queries"} else ("token",)
+        masks = (*masks, "all") if kinds & {"mask", "queries"} else ("token",)
         for batch in (2, 1):
             for past in (5, 0) if self.past else (5,):
                 for signal in LADDER if "signal" in kinds else LADDER[:1]:

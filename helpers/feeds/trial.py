@@ -1,0 +1,218 @@
+"""A model that is run to find out what it takes: the smallest sizes, and what its masks mean."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from helpers import files, graph
+from helpers.feeds import inputs, masks, reach
+from helpers.feeds.inputs import Input
+from helpers.feeds.scores import Scores
+from helpers.feeds.sizes import At, Sizes, size
+
+PATIENCE = 60  # seconds in which sizes are tried that fail
+ROUND = (16, 64)  # lengths may have to be multiples of these
+
+Flags = dict[str, int]
+
+
+class Trial:
+    """The model at `path`, with what its inputs hold, a session, and the scores of its sites.
+
+    Raises `files.BadInput` where an input is none that can be inferred, or the model does not load.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = graph.load(path, weights=False)
+        self.inputs = inputs.read(self.model, path)
+        for one in self.inputs:
+            if one.indexes or (one.dtype.kind not in "fiub" and not one.is_float):
+                raise files.BadInput(
+                    f"{path}: expected inputs that can be inferred (ids, masks, floats), found"
+                    f" {one}; give --inputs FEEDS.npz"
+                )
+        self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
+        self.sizes = Sizes(self.inputs)
+        self.session = _session(path)
+        self.scores = Scores(path)
+        self.masks = [one for one in self.inputs if one.is_mask]
+        self.flags = [one for one in self.inputs if one.role == "flag"]
+
+    def arrays(
+        self, at: At, padding: str = "no", flags: Flags | None = None, only: str = ""
+    ) -> masks.Arrays:
+        """Seeded values for every input, of the sizes `at`; masks have `padding`, or of several
+        `only` the one of that name."""
+        sizes, random = self.sizes.assign(at), np.random.default_rng(0)
+        queries, past = self.sizes.queries(at), self.sizes.before(at)
+        arrays = {}
+        for one in self.inputs:
+            shape = tuple(size(dim, sizes) for dim in one.dims)
+            own = padding if only in ("", one.name) else "no"
+            if one.is_mask:
+                values = masks.filled(one, shape, own, past)
+            elif one.role == "flag":
+                values = np.full(shape, (flags or {}).get(one.name, 0))
+            elif one.role == "ids":
+                values = masks.ids(one, shape, own, random)
+            else:
+                values = _values(one, shape, queries, past, random)
+            arrays[one.name] = np.asarray(values).astype(one.dtype)
+        return arrays
+
+    def problem(self, at: At, flags: Flags, padding: str = "no") -> Exception | None:
+        """Why the model does not run on sizes `at`, or None."""
+        try:
+            self.session.run(None, self.arrays(at, padding, flags))
+        except Exception as error:  # ONNX Runtime's own types, or a size that cannot be
+            return error
+        return None
+
+    def seconds(self, at: At, flags: Flags) -> float:
+        """How long a run takes; infinite where the model does not run."""
+        start = time.perf_counter()
+        failed = self.problem(at, flags)
+        return float("inf") if failed else time.perf_counter() - start
+
+    def counted(self, at: At) -> int:
+        """How many keys there are at sizes `at`, as far as sizes tell."""
+        kinds = set(self.sizes.kind.values())
+        if "token" in kinds or "signal" not in kinds:
+            return self.sizes.queries(at) + self.sizes.before(at)
+        return at.signal
+
+    def positions(self, at: At, flags: Flags) -> int:
+        """How many keys there are at sizes `at`, in the site that has most."""
+        try:
+            masked = self.scores.masked(self.arrays(at, "no", flags)) if self.scores else []
+        except Exception:  # ONNX Runtime's own types
+            masked = []
+        return max([one.shape[-1] for one in masked if one.ndim], default=self.counted(at))
+
+    def smallest(self, flags: Flags, problems: list[Exception]) -> At | None:
+        """The first sizes that the model runs on."""
+        constants = [one for one in reach.written(self.model) if one <= 4096][:40]
+        constants += [one - 1 for one in constants if one > 2]  # without what a class token adds
+        start = time.monotonic()
+        for at in self.sizes.tries(constants):
+            failed = self.problem(at, flags)
+            if failed is None:
+                return self._with_heads(at, flags)
+            problems.append(failed)
+            if time.monotonic() - start > PATIENCE:
+                break
+        return None
+
+    def _with_heads(self, at: At, flags: Flags) -> At:
+        """The same with as many heads as the scores have: with fewer, a mask of (batch · heads, …)
+        may be taken for one that all samples share."""
+        if "folded" not in self.sizes.kind.values() or not self.scores:
+            return at
+        for masked in self.scores.masked(self.arrays(at, "no", flags)):
+            if masked.ndim == 4:
+                other = dataclasses.replace(at, heads=masked.shape[1])
+                if self.problem(other, flags) is None:
+                    return other
+        return at
+
+    def last(self, sized: Callable[[int], At], low: int, high: int, flags: Flags) -> int:
+        """The last length up to `high` that the model runs on, as it does on `low`."""
+        for step in ROUND:
+            if self.problem(sized(high - high % step), flags) is None:
+                return high - high % step
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.problem(sized(middle), flags) is None
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def refused(self, problems: list[Exception]) -> files.BadInput:
+        """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
+        from helpers.fusions import repairs
+
+        listed = "; ".join(map(str, self.inputs))
+        furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))
+        needed = repairs.needed(self.model)
+        if needed:
+            return files.BadInput(
+                f"{self.path}: expected a model that ONNX Runtime runs, found that it refuses"
+                f" {needed[0]} on any input: {files.told(furthest)}; `python -m helpers fuse`"
+                " repairs that: compare what it writes"
+            )
+        if written := self.written(furthest):
+            return files.BadInput(
+                f"{self.path}: expected a model that runs on inputs inferred from its graph"
+                f" ({listed}), found {written}; export it again with dynamo=True, or give --inputs"
+                " FEEDS.npz of the size that was exported"
+            )
+        return files.BadInput(
+            f"{self.path}: expected a model that runs on inputs inferred from its graph ({listed}),"
+            f" found: {files.told(furthest)}; give --inputs FEEDS.npz"
+        )
+
+    def written(self, error: Exception) -> str:
+        """What is said of a Reshape or Expand that fits one size alone; empty for another error."""
+        text = str(error)
+        if not re.search(r"running (Reshape|Expand) node", text) or not _node(error):
+            return ""
+        sizes = re.search(r"requested shape: ?\{([^}]*)\}", text)
+        return (
+            f"sizes that the exporter wrote into node {_node(error)}"
+            f" ({sizes[1] if sizes else files.told(error, 100)}), so that it fits one length only"
+        )
+
+    def find_senses(self, flags: Flags, at: At) -> None:
+        """What the masks mean, as far as it shows with these flags."""
+        unknown = [one for one in self.masks if one.is_mask and not one.in_scores]
+        if not unknown:
+            return
+
+        def build() -> masks.Arrays:
+            return self.arrays(at, "no", flags)
+
+        def outputs(arrays: masks.Arrays) -> list[np.ndarray]:
+            return self.session.run(None, arrays)
+
+        masks.find_senses(unknown, self.scores, build, outputs)
+        self.masks = [one for one in self.masks if one.is_mask]
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    """A session as users make it, or where what it optimises cannot be loaded, as it is."""
+    try:
+        return files.session(path)
+    except Exception:  # ONNX Runtime's own types
+        try:
+            return files.session(path, optimise=False)
+        except Exception as error:
+            raise files.refused(path, error) from None
+
+
+def _node(error: Exception) -> str:
+    """The name of the node at which ONNX Runtime stopped, or nothing."""
+    found = re.search(r"Name: ?'([^']*)'", str(error))
+    return found[1] if found else ""
+
+
+def _values(
+    one: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
+) -> np.ndarray:
+    """Seeded values for an input that is no mask, no flag and no ids."""
+    if one.role in ("floats", "cache", "cross"):
+        return random.normal(size=shape)
+    if one.role == "integers":
+        return random.integers(0, 2, size=shape)
+    if one.role == "positions":
+        return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
+    length = token + (past if one.role in ("last", "total") else 0)
+    if one.role == "total":
+        return np.full(shape, length)
+    # The first sample is as long as all positions, the others are shorter.
+    lengths = np.maximum(length - np.arange(int(np.prod(shape))) * max(length // 3, 1), 1)
+    return lengths.reshape(shape) - (one.role == "last")
