@@ -188,7 +188,7 @@ class _Making:
         if kinds & {"token", "signal"} and same == self.sizes.assign(short):
             other = {"signal": 2 * smallest.signal, "token": smallest.token + 1}
             failed = trial.problem(dataclasses.replace(smallest, **other), flags)
-            if failed is not None and (written := trial.written(failed)):
+            if failed is not None and (written := trial.written(failed, trial.counted(short))):
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
         return short, single, more
 

@@ -156,15 +156,20 @@ class Trial:
             f" found: {files.told(furthest)}; give --inputs FEEDS.npz"
         )
 
-    def written(self, error: Exception) -> str:
-        """What is said of a Reshape or Expand that fits one size alone; empty for another error."""
-        text = str(error)
-        if not re.search(r"running (Reshape|Expand) node", text) or not _node(error):
+    def written(self, error: Exception, length: int = 0) -> str:
+        """What is said of a Reshape or Expand that fits one size alone: the one that raised
+        `error`, or one with `length` in its shape. Empty where there is none."""
+        sizes = re.search(r"requested shape: ?\{([^}]*)\}", str(error))
+        raised = re.search(r"running (Reshape|Expand) node", str(error)) and _node(error)
+        known = reach.written(self.model).get(length, ())
+        if not raised and not known:
             return ""
-        sizes = re.search(r"requested shape: ?\{([^}]*)\}", text)
+        named = raised or graph.name(known[0])
+        given = (sizes[1] if sizes else files.told(error, 100)) if raised else length
+        more = f" and {len(known) - 1} more" if not raised and len(known) > 1 else ""
         return (
-            f"sizes that the exporter wrote into node {_node(error)}"
-            f" ({sizes[1] if sizes else files.told(error, 100)}), so that it fits one length only"
+            f"sizes that the exporter wrote into node {named}{more} ({given}), so that it fits one"
+            " length only"
         )
 
     def find_senses(self, flags: Flags, at: At) -> None:
