@@ -223,9 +223,12 @@ class _Making:
         """The greatest length up to `most` that the model runs on (a table of positions may end),
         and that takes little time, or is beyond a window."""
         near = {w + max(8, w // 8) for w in self.windows}
-        steps = sorted({64, 256, most} | {w for w in near if w < most})
+        near = {w for w in near if start < w < most}
+        steps = sorted({64, 256, most} | near)
         length, spent = start, self.trial.seconds(sized(start), flags)
-        for wanted in (step for step in steps if step > start):
+        for wanted in (step for step in steps if step in near or step > 2 * start):
+            if wanted <= length:
+                continue
             predicted = spent * (wanted / length) ** 2
             if predicted > (BEARABLE if wanted in near else QUICK):
                 continue
@@ -244,12 +247,8 @@ class _Making:
             return  # keys are counted there, and none is no count
         if any(feed.name == name for feed in self.made):
             return
-        if at.batch > 1 and trial.problem(at, flags, padding) is not None:
-            at = dataclasses.replace(at, batch=1)
-        arrays = trial.arrays(at, padding, flags, only)
         try:
-            trial.session.run(None, arrays)
-            masked, keys = self._masked(arrays, at)
+            arrays, masked, keys = self._tried(at, padding, flags, only)
         except Exception as error:  # ONNX Runtime's own types
             self.passed.append(f"{name} ({files.told(error, 160)})")
             return
@@ -267,15 +266,30 @@ class _Making:
         self.made.append(Feed(name, arrays, known, True, masked, fixed))
         self.reached = max(self.reached, keys)
 
+    def _tried(
+        self, at: At, padding: str, flags: Flags, only: str
+    ) -> tuple[masks.Arrays, list[np.ndarray] | None, int]:
+        """Arrays that the model runs on, of one sample where it refuses several; where queries have
+        no key, or None where the graph does not tell; and how many keys there are."""
+        arrays = self.trial.arrays(at, padding, flags, only)
+        try:
+            return arrays, *self._masked(arrays, at)
+        except Exception:  # ONNX Runtime's own types
+            if at.batch == 1:
+                raise
+            return self._tried(dataclasses.replace(at, batch=1), padding, flags, only)
+
     def _masked(self, arrays: masks.Arrays, at: At) -> tuple[list[np.ndarray] | None, int]:
-        """Where queries have no key, or None where the graph does not tell; and how many keys there
-        are. Where there is nothing to mask with, the first feed tells for all."""
-        if self.all_have_keys or not self.trial.scores:
-            return None, self.trial.counted(at)
-        masked = self.trial.scores.masked(arrays)
-        keys = max([one.shape[-1] for one in masked if one.ndim], default=self.trial.counted(at))
+        """Run the model for where queries have no key. Where there is nothing to mask with, the
+        first feed tells for all."""
+        trial = self.trial
+        if self.all_have_keys or not trial.scores:
+            trial.session.run(None, arrays)
+            return None, trial.counted(at)
+        masked = trial.scores.masked(arrays)
+        keys = max([one.shape[-1] for one in masked if one.ndim], default=trial.counted(at))
         lacking = [one.all(axis=-1) for one in masked]
-        if not (self.trial.masks or self.trial.flags or self.marking):
+        if not (trial.masks or trial.flags or self.marking):
             self.all_have_keys = not any(one.any() for one in lacking)
         return lacking or None, keys
 

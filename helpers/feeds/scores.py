@@ -68,13 +68,17 @@ class Scores:
 
     def _session(self, choice: tuple[bool, ...]) -> "_Exposed":
         if choice not in self._sessions:
-            proto = onnx.ModelProto()
-            proto.CopyFrom(self._proto)
+            proto = self._proto
+            if _branchings(proto):
+                proto = onnx.ModelProto()
+                proto.CopyFrom(self._proto)
             left = [*choice]
             while left and (count := len(_branchings(proto))):
                 _choose(proto, left[:count])
                 left = left[count:]
             self._sessions[choice] = _Exposed(proto, self._folder)
+            if proto is self._proto:
+                self._proto = onnx.ModelProto()  # nothing branches: its session is the only one
         return self._sessions[choice]
 
 
