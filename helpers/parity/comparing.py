@@ -204,14 +204,20 @@ def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]
                 f"{plain.name}: expected numbers from the reference, found NaN in {bad[0]}"
                 f" ({feed.name}); give other inputs"
             )
-    if not cases:
-        found = f"found none: {'; '.join(passed)[:400]}" if passed else "found no inputs"
-        nan = "NaN on all inputs that were inferred" if "NaN" in "".join(passed) else ""
+    nothing = not any(where.any() for case in cases for where in case.kept.values())
+    if (any("NaN" in one for one in passed) and not cases) or (
+        nothing and any(_nan(out) for case in cases for out in case.outputs.values())
+    ):
         raise files.BadInput(
-            f"{plain.name}: expected numbers from the reference,"
-            f" {f'found {nan}' if nan else found}; give --inputs FEEDS.npz"
+            f"{plain.name}: expected numbers from the reference, found NaN on all inputs that were"
+            " inferred; give --inputs FEEDS.npz"
         )
-    if not any(where.any() for case in cases for where in case.kept.values()):
+    if not cases:
+        raise files.BadInput(
+            f"{plain.name}: expected numbers from the reference, found that it runs on none of the"
+            f" inputs: {'; '.join(passed)[:400] or 'there are none'}; give --inputs FEEDS.npz"
+        )
+    if nothing:
         raise files.BadInput(
             f"{plain.name}: expected rows to compare, found outputs without numbers, or none in a"
             " row that has a key, so that parity cannot be told; give --inputs FEEDS.npz with at"
