@@ -12,9 +12,10 @@ class Feed:
 
     `keys` has the masks of (batch, length) among them, by name: True where there is a key. `masked`
     has, for each attention site, where a query has no key at all, (batch, heads, queries) or as the
-    graph folds these; None where that is not known. `fixed` are the inputs that say which rows
-    there are (masks of any kind, positions, lengths, flags). `inferred` ones may be passed over
-    where the reference does not run, or gives NaN.
+    graph folds these, and `settled`, for each output of the model, where it does not depend on what
+    such rows get; None where that is not known. `fixed` are the inputs that say which rows there
+    are (masks of any kind, positions, lengths, flags). `inferred` feeds may be passed over where
+    the reference does not run, or gives NaN.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Feed:
     inferred: bool = False
     masked: list[np.ndarray] | None = None
     fixed: frozenset[str] = frozenset()
+    settled: dict[str, np.ndarray] | None = None
 
     def changed(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """`changed` of its arrays, but for masks and what else is `fixed`."""

@@ -263,7 +263,8 @@ class _Making:
         roles = ("ids", "floats", "integers")
         fixed = frozenset(one.name for one in trial.inputs if one.role not in roles)
         self.paddings.add(padding)
-        self.made.append(Feed(name, arrays, known, True, masked, fixed))
+        settled = trial.scores.settled(arrays, masked)
+        self.made.append(Feed(name, arrays, known, True, masked, fixed, settled))
         self.reached = max(self.reached, keys)
 
     def _tried(

@@ -23,8 +23,8 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return [node.input[at] for at in wanted if at < len(node.input) and node.input[at]]
 
 
-def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray | None:
-    """True where `node` masks a score, (B, 1 or N, S, T); None where nothing is masked."""
+def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
+    """True where `node` masks a score, (B, 1 or N, S, T)."""
 
     def given(at: int) -> np.ndarray | None:
         name = node.input[at] if at < len(node.input) else ""
@@ -32,8 +32,6 @@ def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray | 
 
     mask_at, bias_at, past_at, axis = _INPUTS[node.op_type]
     query, mask, bias, past = (given(at) for at in (0, mask_at, bias_at, past_at))
-    if query is None:
-        return None
     batch, queries = query.shape[:2]
     keys = queries
     if node.op_type == "MultiHeadAttention" and (key := given(1)) is not None:

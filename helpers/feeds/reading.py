@@ -36,17 +36,18 @@ def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
         )
     _check(npz, wanted, arrays)
     masks = [one for one in wanted if one.is_mask]
-    masked = None
+    masked = settled = None
     if masks:
         with closing(Scores(path)) as scores:
             masked = _masked(scores, arrays)
+            settled = scores.settled(arrays, masked)
     keys = {
         one.name: arrays[one.name] != 0
         for one in masks
         if len(one.dims) == 2 and arrays[one.name].dtype.kind != "b" and not one.is_float
     }
     fixed = frozenset(one.name for one in wanted if one.role not in ("ids", "floats", "integers"))
-    feed = Feed(npz.name, arrays, keys, masked=masked, fixed=fixed)
+    feed = Feed(npz.name, arrays, keys, masked=masked, fixed=fixed, settled=settled)
     return [feed], f"from {npz.name}: {', '.join(map(str, wanted))}"
 
 

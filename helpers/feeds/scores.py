@@ -1,10 +1,12 @@
 """The scores of each attention site, on given inputs: which keys they mask, which branches ran.
 
 A session of its own gives out what goes into the Softmax of each site (of a standard Attention, its
-fourth output: the masked scores). An If is put in place of by the branch that runs, since nothing
-inside of a branch can be given out; so each choice of branches has its own session.
+fourth output: the masked scores), and takes something to add to the result of each site, which
+shows how far what a row without a key gets is carried. An If is replaced by the branch that runs,
+since nothing inside of a branch can be given out; so each choice of branches has its own session.
 """
 
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import onnxruntime as ort
 from helpers import external, files, graph
 from helpers.feeds import operator_masks
 from helpers.feeds.operator_masks import MASKED
+
+Arrays = dict[str, np.ndarray]
 
 
 class Scores:
@@ -35,19 +39,29 @@ class Scores:
     def __bool__(self) -> bool:
         """Whether there is anything to run for: a site whose scores can be given out, or an If."""
         first = self._session(())
-        return bool(first.scores or first.operators or first.conditions)
+        return bool(first.sites or first.conditions)
 
-    def masked(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def masked(self, arrays: Arrays) -> list[np.ndarray]:
         """For each site, True where a score is masked: (batch, heads, queries, keys), or as the
         graph has them. Raises whatever ONNX Runtime raises where the model does not run."""
         exposed = self._session(self.choice(arrays))
-        values = exposed.run(arrays)
-        given = [operator_masks.masked(node, values) for node in exposed.operators]
-        return [~(values[name] > MASKED) for name in exposed.scores] + [
-            masked for masked in given if masked is not None
-        ]
+        return exposed.masked(exposed.run(arrays))
 
-    def choice(self, arrays: dict[str, np.ndarray]) -> tuple[bool, ...]:
+    def settled(self, arrays: Arrays, lacking: list[np.ndarray] | None) -> Arrays | None:
+        """For each output, True where it does not depend on what rows get that have no key; these
+        are `lacking`, of each site (batch, heads, queries) as the graph has them. None where all
+        rows have a key, or where that cannot be found."""
+        if not any(one.any() for one in lacking or ()):
+            return None
+        exposed = self._session(self.choice(arrays))
+        try:
+            before, after = exposed.run(arrays), exposed.run(arrays, lacking)
+        except Exception:  # ONNX Runtime's own types: the result has its rows elsewhere
+            return None
+        with np.errstate(invalid="ignore"):
+            return {name: before[name] == after[name] for name in exposed.outputs}
+
+    def choice(self, arrays: Arrays) -> tuple[bool, ...]:
         """The conditions of every If that runs, those inside of branches after those around."""
         choice: tuple[bool, ...] = ()
         while conditions := (exposed := self._session(choice)).conditions:
@@ -82,48 +96,112 @@ class Scores:
         return self._sessions[choice]
 
 
+@dataclasses.dataclass
+class _Site:
+    """What a session gives out of a site: the tensor `scores`, or else what the `operator` of
+    com.microsoft reads; and the input `added` to its result, of so many `axes`."""
+
+    scores: str | None
+    operator: onnx.NodeProto | None
+    added: str
+    axes: int | None
+
+    def masked(self, values: Arrays) -> np.ndarray:
+        if self.scores is not None:
+            return ~(values[self.scores] > MASKED)
+        return operator_masks.masked(self.operator, values)
+
+    def noise(self, lacking: np.ndarray | None) -> np.ndarray:
+        """What to add to the result: something in the rows that are `lacking` a key."""
+        if lacking is None:
+            return np.zeros(1)
+        if self.axes == 3 and lacking.ndim == 3:  # heads are not apart: (batch, queries, width)
+            lacking = lacking.any(axis=1)
+        return lacking[..., None] * np.random.default_rng(3).normal(size=(*lacking.shape, 1))
+
+
 class _Exposed:
-    """A session on `proto`, whose outputs are scores and the conditions of what still branches."""
+    """A session on `proto` that gives out scores and outputs, or conditions of what branches."""
 
     def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
         self.conditions = [
             (node.name or node.output[0], node.input[0]) for node in _branchings(proto)
         ]
-        made = {name: node for node in proto.graph.node for name in node.output}
         given = {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
-        self.scores: list[str] = []
-        self.operators: list[onnx.NodeProto] = []  # which give out none, but tell what they mask
-        if not self.conditions:
-            for site in graph.sites(graph.inline(ir.from_proto(proto))):
-                name = site.node.inputs[0].name if site.scores else _open(made, site)
-                node = made.get(site.node.outputs[0].name)
-                if name is not None and (name in made or not site.scores):
-                    self.scores.append(name)
-                elif node is not None and operator_masks.reads(node):
-                    self.operators.append(node)
-        wanted = [name for _, name in self.conditions if name not in given]
-        reads = [name for node in self.operators for name in operator_masks.reads(node)]
-        wanted += [name for name in reads if name not in given]
-        wanted = list(dict.fromkeys([*self.scores, *wanted]))
-        small = {*reads, *(name for _, name in self.conditions)}
+        self.outputs = [one.name for one in proto.graph.output if one.name not in given]
+        self.types: dict[str, np.dtype] = {}  # of what is added
+        self.sites = [] if self.conditions else self._expose(proto)
+        reads = [name for _, name in self.conditions]
+        for site in self.sites:
+            reads += operator_masks.reads(site.operator) if site.operator else [site.scores]
+        wanted = [name for name in reads if name not in given]
+        self.wanted = list(dict.fromkeys([*wanted, *(self.outputs if self.sites else ())]))
         self.given = {
             one.name: onnx.numpy_helper.to_array(one, str(folder))
             for one in proto.graph.initializer
-            if one.name in small
+            if one.name in reads
         }
         self.session: ort.InferenceSession | None = None
-        if wanted:
+        if self.wanted:
             del proto.graph.output[:]
-            proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+            proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.wanted)
             del proto.graph.value_info[:]
-            self.wanted = wanted
             self.session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
 
-    def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _expose(self, proto: onnx.ModelProto) -> list[_Site]:
+        """The sites that tell what they mask, each with an input that is added to its result."""
+        made = {name: node for node in proto.graph.node for name in node.output}
+        found = []
+        for site in graph.sites(graph.inline(ir.from_proto(proto))):
+            result = (site.context or site.node).outputs[0]
+            node = made.get(site.node.outputs[0].name)
+            if node is None or result.name not in made:
+                continue
+            scores = site.node.inputs[0].name if site.scores else _open(node)
+            told = scores in made if site.scores else scores or operator_masks.reads(node)
+            if told:
+                operator = None if scores else node
+                added = self._added(proto, made[result.name], result)
+                found.append(_Site(scores, operator, added, _axes(site)))
+        return found
+
+    def _added(self, proto: onnx.ModelProto, node: onnx.NodeProto, result: ir.Value) -> str:
+        """Put an Add of a new input behind `result`; returns the input's name."""
+        name = f"{result.name}_added"
+        at = next(i for i, one in enumerate(proto.graph.node) if one is node or one == node)
+        outputs = [f"{one}_before" if one == result.name else one for one in node.output]
+        node.output[:] = outputs
+        before = f"{result.name}_before"
+        proto.graph.node.insert(at + 1, onnx.helper.make_node("Add", [before, name], [result.name]))
+        kind = result.dtype or ir.DataType.FLOAT
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(name, int(kind), None))
+        self.types[name] = kind.numpy()
+        return name
+
+    def masked(self, values: Arrays) -> list[np.ndarray]:
+        """For each site, True where a score is masked."""
+        return [site.masked(values) for site in self.sites]
+
+    def run(self, arrays: Arrays, lacking: list[np.ndarray] | None = None) -> Arrays:
+        """What is given out, by name; with something else in the rows that are `lacking` keys."""
         values = self.given | arrays
         if self.session is not None:
-            values |= dict(zip(self.wanted, self.session.run(self.wanted, arrays), strict=True))
+            of_sites = zip(self.sites, lacking or [None] * len(self.sites), strict=True)
+            noise = {site.added: site.noise(where) for site, where in of_sites}
+            noise = {name: array.astype(self.types[name]) for name, array in noise.items()}
+            found = self.session.run(self.wanted, arrays | noise)
+            values |= dict(zip(self.wanted, found, strict=True))
         return values
+
+
+def _axes(site: graph.Site) -> int | None:
+    """How many axes the result of a site has, as far as it is known."""
+    if site.scores is None and "q_num_heads" in site.node.attributes:
+        return 3
+    if site.scores is None and site.node.domain == graph.MICROSOFT:
+        return 3
+    result = (site.context or site.node).outputs[0]
+    return len(result.shape) if result.shape is not None else None
 
 
 def _branchings(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -173,11 +251,10 @@ def _rename(inside: onnx.GraphProto, names: set[str], prefix: str) -> None:
         one.name = new(one.name)
 
 
-def _open(made: dict[str, onnx.NodeProto], site: graph.Site) -> str | None:
+def _open(node: onnx.NodeProto) -> str | None:
     """Have a standard Attention give its masked scores as its fourth output, of the name returned;
     None where the operator is another, or gives scores already."""
-    node = made.get(site.node.outputs[0].name)
-    if node is None or node.op_type != "Attention" or node.domain not in graph.STANDARD:
+    if node.op_type != "Attention" or node.domain not in graph.STANDARD:
         return None
     node.output.extend([""] * (4 - len(node.output)))
     if node.output[3]:

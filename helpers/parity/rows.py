@@ -6,6 +6,7 @@ or the mean of the values. Which rows these are is read off the scores of the at
 where a graph does not give these out, off the masks.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
@@ -36,7 +37,8 @@ def _known(feed: Feed, scores: Scores) -> Feed:
         masked = [one.all(axis=-1) for one in scores.masked(feed.arrays)]
     except Exception:  # ONNX Runtime's own types: the model does not run on it, which is told later
         return feed
-    return Feed(feed.name, feed.arrays, feed.keys, feed.inferred, masked or None, feed.fixed)
+    settled = scores.settled(feed.arrays, masked)
+    return dataclasses.replace(feed, masked=masked or None, settled=settled)
 
 
 def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
@@ -95,8 +97,14 @@ def kept(
     Left out are the rows that are `empty` in outputs (batch, rows, …), in keys and values that are
     given out (batch, heads, rows, …), samples that are empty altogether, and in any other output
     what changes with the inputs there. An output that does not depend on inputs of that length at
-    all, such as the image's beside a padded text, is compared in full.
+    all, such as the image's beside a padded text, is compared in full. Where the feed tells what is
+    settled whatever such rows get, that is compared.
     """
+    if feed.settled is not None and all(
+        name in feed.settled and feed.settled[name].shape == out.shape
+        for name, out in outputs.items()
+    ):
+        return {name: feed.settled[name] for name in outputs}
     compared = {name: np.ones(out.shape, bool) for name, out in outputs.items()}
     for rows in empty:
         batch, number = rows.shape
