@@ -8,6 +8,7 @@ import pytest
 from mutants import HEADS, WIDTH, Mutant, Seed, attentions, miss, mutants, optimised, outcome, seeds
 from test_explain import SCHEMA
 
+from helpers import files
 from helpers.explain import explain
 
 EVERY = 7  # of the mutants, one in so many is tried in each run of the tests
@@ -47,7 +48,13 @@ def told(mutant: Mutant, path, level: int) -> tuple[str | None, str | None]:
         return None, None
     parity = {"parity": True, "inputs": mutant.seed.inputs} if came in ("wrong", "holds") else {}
     options = {"num_heads": HEADS, "hidden_size": WIDTH, "opt_level": level, **parity}
-    answer = explain(path, mutant.seed.model_type, **options).to_json()
+    try:
+        answer = explain(path, mutant.seed.model_type, **options)
+    except files.BadInput as error:  # a mask turned round: nothing is left to compare
+        if "row that has a key" not in str(error):
+            raise
+        return "without a key", None
+    answer = answer.to_json()
     VALID.validate(answer)
     return came, miss(mutant, came, answer)
 

@@ -23,6 +23,7 @@ from helpers.feeds.trial import Flags, Trial
 
 QUICK, BEARABLE = 1.5, 8.0  # seconds of one run: to go beyond any window, and beyond a known one
 COMBINATIONS = 16  # of flags, up to which all are tried
+OFFSET = 4  # rows that a table of positions may have in front of its first, or behind its last
 _SCALED_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 _WORDS = {  # of the description, by padding
     "no": "not at all",
@@ -136,6 +137,9 @@ class _Making:
         for window in self.windows:
             if window >= self.reached:
                 self.notes.append(f"a window of {window} is not reached")
+        for rows in reach.tables(self.trial.model):
+            if self.reached < rows - OFFSET:
+                self.notes.append(f"a table of {rows} positions is not reached to its end")
 
     def _variants(self, flags: Flags, smallest: At) -> Iterator[Variant]:
         """The feeds to make, the shortest first."""

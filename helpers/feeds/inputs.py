@@ -118,7 +118,7 @@ class Input:
                 "total": "number of positions",
                 "cache": "cache, normal",
                 "cross": "keys or values of another sequence, normal",
-                "integers": "integers 0 and 1",
+                "integers": "bytes" if self.dtype == np.uint8 else "integers 0 and 1",
                 "floats": "normal",
                 "positions": "positions",
             }[self.role]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from helpers import graph
 
 ENOUGH = 1030  # positions beyond which no feed goes: above the windows of 1,024
+LARGE_TABLE = 64  # rows of a table that may end before a long feed does
 SMALLEST = 4  # a window below this is passed by any feed
 _COUNTING = {"CumSum", "Range"}
 _KEEPING = {
@@ -171,6 +172,28 @@ def conditions(model: ir.Model) -> set[int]:
                 found |= {abs(round(number)) for number in numbers}
             queue += above.inputs
     return found
+
+
+def tables(model: ir.Model) -> list[int]:
+    """How many rows the tables have that are looked up by positions, or cut to their number."""
+    positions = _positions(model)
+    found: set[int] = set()
+    for node in graph.nodes(model):
+        if node.op_type in ("Gather", "GatherElements") and node.inputs[1] in positions:
+            found |= {*_rows(node.inputs[0], node.attributes.get_int("axis", 0))}
+        elif node.op_type == "Slice" and len(node.inputs) > 2:
+            data, end = node.inputs[0], _constant(node.inputs[2])
+            axes = node.inputs[3] if len(node.inputs) > 3 else None
+            axis = _constant(axes) if axes is not None else 0
+            if data.is_initializer() and end is None and axis is not None:
+                found |= {*_rows(data, int(axis))}
+    return sorted(one for one in found if one > LARGE_TABLE)
+
+
+def _rows(table: ir.Value, axis: int) -> Iterator[int]:
+    shape = table.shape
+    if shape is not None and -len(shape) <= axis < len(shape) and isinstance(shape[axis], int):
+        yield shape[axis]
 
 
 def table(model: ir.Model) -> int | None:

@@ -120,6 +120,7 @@ class Sizes:
         queries = self.queries(at)
         lengths = {"token": at.token, "signal": at.signal}
         masks = {"token": queries, "sum": queries + self.before(at), "signal": at.signal}
+        masks["one more"] = queries + 1
         masks["all"] = sum(lengths.get(kind, 0) for kind in self.kind.values())
         queries = at.signal if at.mask == "signal" else queries
         sizes = {
@@ -148,7 +149,7 @@ class Sizes:
             masks = ("sum", "token", "signal")
         elif "signal" in kinds and (self.waveform or "token" not in kinds):
             masks = ("signal", "token", "sum")  # of another length it runs too, and masks nothing
-        masks = (*masks, "all") if kinds & {"mask", "queries"} else ("token",)
+        masks = (*masks, "all", "one more") if kinds & {"mask", "queries"} else ("token",)
         for batch in (2, 1):
             for past in (5, 0) if self.past else (5,):
                 for signal in LADDER if "signal" in kinds else LADDER[:1]:

@@ -212,7 +212,7 @@ def _values(
     if one.role in ("floats", "cache", "cross"):
         return random.normal(size=shape)
     if one.role == "integers":
-        return random.integers(0, 2, size=shape)
+        return random.integers(0, 256 if one.dtype == np.uint8 else 2, size=shape)
     if one.role == "positions":
         return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
     length = token + (past if one.role in ("last", "total") else 0)
