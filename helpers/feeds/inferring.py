@@ -259,8 +259,10 @@ class _Trial:
         if self.sizes.past:
             padding = "left" if self.masks else "no"
             yield "without past", dataclasses.replace(more, past=0), padding
-            yield "a past, one query", dataclasses.replace(more, past=5, token=1, apart=0), padding
-            yield "a past, several queries", dataclasses.replace(more, past=5, token=7), padding
+            past = dataclasses.replace(more, past=5)
+            one = dataclasses.replace(self.sizes.with_queries(past, 1), apart=0)
+            yield "a past, one query", one, padding
+            yield "a past, several queries", self.sizes.with_queries(past, 7), padding
         yield from self._beyond(flags, more)
 
     def _beyond(self, flags: Flags, long: At) -> Iterator[tuple[str, At, str]]:
@@ -275,6 +277,8 @@ class _Trial:
         most = reach.ENOUGH if self.rows is None else self.rows
 
         def longer(length: int) -> At:
+            if start == long.signal + past and "token" not in kinds:  # each frame is a position
+                return dataclasses.replace(long, batch=batch, signal=length - past)
             signal = -(-long.signal * length // start) if "signal" in kinds else long.signal
             token = length - past if "token" in kinds else long.token
             return dataclasses.replace(long, batch=batch, token=token, signal=signal)
@@ -283,7 +287,7 @@ class _Trial:
         if length > start:
             yield f"beyond {length - 1} positions", longer(length), padding
         if self.sizes.past:
-            single = dataclasses.replace(long, batch=batch, token=1, apart=0)
+            single = dataclasses.replace(self.sizes.with_queries(long, 1), batch=batch, apart=0)
 
             def farther(length: int) -> At:
                 return dataclasses.replace(single, past=length - 1)
@@ -323,9 +327,9 @@ class _Trial:
         except Exception:  # ONNX Runtime's own types
             masked = []
         kinds = set(self.sizes.kind.values())
-        counted = at.signal
-        if "token" in kinds or "signal" not in kinds:
-            counted = self.sizes.queries(at) + self.sizes.before(at)
+        frames = "signal" in kinds and "token" not in kinds
+        counted = at.signal if frames else self.sizes.queries(at)
+        counted += self.sizes.before(at)
         return max([one.shape[-1] for one in masked if one.ndim], default=counted)
 
     def _add(self, name: str, at: At, padding: str, flags: Flags) -> None:
