@@ -162,7 +162,8 @@ class _Making:
             yield Variant("short, a bias of normal numbers", short, "bias")
         if self.sizes.past:
             padding = "left" if padded else "no"
-            one, seven = (dataclasses.replace(more, past=5, token=n) for n in (1, 7))
+            past = dataclasses.replace(more, past=5)
+            one, seven = (self.sizes.with_queries(past, number) for number in (1, 7))
             yield Variant("without past", dataclasses.replace(more, past=0), padding)
             yield Variant("a past, one query", dataclasses.replace(one, apart=0), padding)
             yield Variant("a past, several queries", seven, padding)
@@ -206,6 +207,8 @@ class _Making:
         most = reach.ENOUGH if self.rows is None else self.rows
 
         def longer(length: int) -> At:
+            if start == long.signal + past and "token" not in kinds:  # each frame is a position
+                return dataclasses.replace(long, batch=batch, signal=length - past)
             signal = -(-long.signal * length // start) if "signal" in kinds else long.signal
             token = length - past if "token" in kinds else long.token
             return dataclasses.replace(long, batch=batch, token=token, signal=signal)
@@ -214,7 +217,7 @@ class _Making:
         if length > start:
             yield Variant(f"beyond {length - 1} positions", longer(length), padding)
         if self.sizes.past:
-            single = dataclasses.replace(long, batch=batch, token=1, apart=0)
+            single = dataclasses.replace(self.sizes.with_queries(long, 1), batch=batch, apart=0)
 
             def farther(length: int) -> At:
                 return dataclasses.replace(single, past=length - 1)

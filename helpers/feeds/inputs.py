@@ -191,7 +191,9 @@ def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) ->
         masks = len(one.dims) > 1 and any(
             (node, at) in score_paths for node, at in _sinks(value, _SHAPING | _ELEMENTWISE)
         )
-        named = "mask" in one.name and 1 < len(one.dims) < 4
+        width = one.dims[-1] if len(one.dims) == 3 else None
+        hidden = isinstance(width, int) and width != one.dims[1]  # states (batch, length, width)
+        named = "mask" in one.name and 1 < len(one.dims) < 4 and not hidden
         return "mask" if masks or named else "floats"
     if len(one.dims) < 2 or small:
         if grouped & {_SEQLENS, _TOTAL}:

@@ -99,9 +99,13 @@ class Sizes:
         self.waveform = any(len(one.dims) == 2 for one in floats)
         self.image = any(len(one.dims) >= 4 for one in floats)
         self.past = "past" in self.kind.values()
-        fixed = [
-            one.dims[1] for one in inputs if len(one.dims) > 1 and one.role in ("ids", "floats")
+        widths = [
+            one
+            for one in inputs
+            if one.role == "ids"
+            or (one.role == "floats" and len(one.dims) < 4 and isinstance(one.dims[-1], int))
         ]
+        fixed = [one.dims[1] for one in widths if len(one.dims) > 1]
         self.fixed = next((dim for dim in fixed if isinstance(dim, int)), 0)
         cached = [one.dims[-2] for one in inputs if one.role == "cache"]
         self.fixed_past = next((dim for dim in cached if isinstance(dim, int)), 0)
@@ -109,7 +113,15 @@ class Sizes:
     def queries(self, at: "At") -> int:
         """How many positions are new: tokens, or frames of a signal."""
         kinds = self.kind.values()
-        return at.token if "token" in kinds or not self.fixed else self.fixed
+        if "token" not in kinds and (self.fixed or "signal" in kinds):
+            return self.fixed or at.signal
+        return at.token
+
+    def with_queries(self, at: "At", count: int) -> "At":
+        """The same sizes but for `count` new positions, of tokens or else of a signal."""
+        if "token" in self.kind.values():
+            return dataclasses.replace(at, token=count)
+        return dataclasses.replace(at, token=count, signal=count)
 
     def before(self, at: "At") -> int:
         """How many positions are past."""
@@ -117,11 +129,15 @@ class Sizes:
 
     def assign(self, at: "At") -> dict[str, int]:
         """Sizes by name. Token lengths of other names (an encoder's, a decoder's) are apart."""
-        queries = self.queries(at)
+        queries, tokens = self.queries(at), "token" in self.kind.values() or self.fixed
         lengths = {"token": at.token, "signal": at.signal}
-        masks = {"token": queries, "sum": queries + self.before(at), "signal": at.signal}
-        masks["one more"] = queries + 1
-        masks["all"] = sum(lengths.get(kind, 0) for kind in self.kind.values())
+        masks = {
+            "token": queries if tokens else at.token,
+            "sum": queries + self.before(at),
+            "signal": at.signal,
+            "one more": queries + 1,
+            "all": sum(lengths.get(kind, 0) for kind in self.kind.values()),
+        }
         queries = at.signal if at.mask == "signal" else queries
         sizes = {
             BATCH: at.batch,

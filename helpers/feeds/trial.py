@@ -83,9 +83,8 @@ class Trial:
     def counted(self, at: At) -> int:
         """How many keys there are at sizes `at`, as far as sizes tell."""
         kinds = set(self.sizes.kind.values())
-        if "token" in kinds or "signal" not in kinds:
-            return self.sizes.queries(at) + self.sizes.before(at)
-        return at.signal
+        frames = "signal" in kinds and "token" not in kinds
+        return (at.signal if frames else self.sizes.queries(at)) + self.sizes.before(at)
 
     def positions(self, at: At, flags: Flags) -> int:
         """How many keys there are at sizes `at`, in the site that has most."""

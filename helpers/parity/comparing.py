@@ -324,8 +324,7 @@ class _Judge:
             candidate.left_out_diff = max(candidate.left_out_diff, outside.max(initial=0.0))
             if not np.isfinite(array[np.isfinite(wanted) & ~where]).all():
                 reason = f"{name} is not finite in a row without a key: {feed.name}"
-        most = precision.TOLERANCE[candidate.precision] * max(precision.spread(wanted[where]), 1.0)
-        if tolerance < difference <= most:
+        if tolerance < difference <= self._most(candidate, name, wanted[where]):
             tolerance = max(tolerance, self._rounding(candidate, name, wanted[where]))
         if reason or not difference <= tolerance:
             candidate.held = False
@@ -351,16 +350,24 @@ class _Judge:
         return max(least, noise)
 
     def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
-        """What rounding of the scores grows to in the output `name`, at most the tolerance times
-        its spread, if that is above 1. Measured when a difference asks for it."""
+        """What rounding of the scores grows to in the output `name`: measured when a difference
+        asks for it."""
         if self.plain.path is None or self.tolerance is not None or values.dtype.kind != "f":
             return 0.0
         if self.rounding is None:
             tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
             self.rounding = precision.with_scores_rounded(self.plain.path, tried)
+        grown = GROWN * self.rounding.get(name, 0.0) * precision.spread(values)
+        return min(grown, self._most(candidate, name, values))
+
+    def _most(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
+        """The most that rounding may widen a tolerance to: that of the type times the spread, if
+        that is above 1. In 8 bits, where a score that is rounded otherwise can move a whole step,
+        it is what scores 5 % off would still be caught by."""
         spread = precision.spread(values)
-        grown = GROWN * self.rounding.get(name, 0.0) * spread
-        return min(grown, precision.TOLERANCE[candidate.precision] * max(spread, 1.0))
+        if name in self.cap:
+            return CAUGHT * self.cap[name] * spread
+        return precision.TOLERANCE[candidate.precision] * max(spread, 1.0)
 
 
 def _read(runner: Runner) -> tuple[str, bool]:
