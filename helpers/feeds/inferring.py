@@ -206,6 +206,19 @@ class _Trial:
             f" ({sizes[1] if sizes else files.told(error, 100)}), so that it fits one length only"
         )
 
+    def _fits_one(self, at: At) -> str:
+        """What is said of a Reshape whose length is that of `at`; for a model that refuses others,
+        where another node stops, since a batch of -1 takes in what is left over."""
+        length = at.token if "token" in self.sizes.kind.values() else at.signal
+        for node in reach.written(self.model).get(length, []):
+            sizes = [*reach.sizes(node.inputs[1])]
+            if length in sizes[:2]:  # (batch, length, …), or without a batch that is computed
+                return (
+                    f"sizes that the exporter wrote into node {node.name}"
+                    f" ({','.join(map(str, sizes))}), so that it fits one length only"
+                )
+        return ""
+
     def _find_senses(self, flags: Flags, at: At) -> None:
         """What the masks mean, as far as it shows with these flags."""
         unknown = [one for one in self.masks if one.is_mask and not one.in_scores]
@@ -246,7 +259,8 @@ class _Trial:
         ):
             signal, token = 2 * smallest.signal, smallest.token + 1
             failed = self.problem(dataclasses.replace(smallest, signal=signal, token=token), flags)
-            if failed is not None and (written := self._written(failed)):
+            written = failed and (self._written(failed) or self._fits_one(smallest))
+            if written:
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
         pairs = any(one.pairs for one in self.masks)
         yield "short", single, "no"
