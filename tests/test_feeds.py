@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from building import WIDTH, Graph, found, save
 from graphs import write
 
 from helpers import feeds, files
@@ -266,3 +267,68 @@ def test_a_file_of_arrays_is_checked_against_the_model(tmp_path):
     np.save(one_array, ids)
     with pytest.raises(files.BadInput, match=r"expected an \.npz file of arrays"):
         feeds.load(one_array, path)
+
+
+def test_a_feed_that_the_model_refuses_is_passed_over_and_named(tmp_path):
+    """It pads what is short to 20 positions and takes no more, but for what a session makes of it
+    that optimises: samples of 20."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.float32, "b", "n", WIDTH)
+        batch, count = (g.Unsqueeze(g.length(x, axis), [0]) for axis in (0, 1))
+        missing = g.Max(g.Sub([20], count), [0])
+        padded = g.Pad(x, g.Concat([0, 0, 0, 0], missing, [0], axis=0), 0.0)
+        twenty = g.Reshape(padded, g.Concat(batch, [20, WIDTH], axis=0), name="twenty")
+        y = g.attention(g.Slice(twenty, [0], count, [1]), scale=0.3 if wrong else 0.35)
+        g.gives("y", y, "b", "n", WIDTH)
+
+    said = found(tmp_path, build, "scale")
+    assert "passed over: beyond 39 positions (" in said
+    assert "'twenty'" in said
+
+
+def test_what_some_padding_makes_impossible_is_passed_over(tmp_path):
+    """A sample without any key is looked up as its last one, at -1, in a table that is none."""
+    text = """g (int64[b,s] mask, float[b,s,4] x) => (float[b,s,4] y) {
+      count = ReduceSum <keepdims = 0> (mask, one) none = Equal (count, nil)
+      some = Cast <to = 7> (none) at = Mul (some, far) w = Gather (table, at)
+      u = Unsqueeze (w, one) m0 = Cast <to = 1> (mask) m = Unsqueeze (m0, two)
+      xm = Mul (x, m) y = Add (xm, u) }"""
+    cases, description = infer(
+        tmp_path,
+        text,
+        one=np.array([1]),
+        two=np.array([2]),
+        nil=np.array(0),
+        far=np.array(50),
+        table=np.ones((3, 4), np.float32),
+    )
+    assert cases
+    assert "passed over: short, one sample padding altogether (" in description
+    assert all(one.arrays["mask"].any(axis=1).all() for one in cases)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "hidden states"])
+def test_a_length_that_was_written_into_a_reshape_is_told(ids, tmp_path):
+    """Where it then runs at that length, it is compared there."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.int64, "b", "n") if ids else g.given("x", np.float32, "b", "n", WIDTH)
+        x = g.embedded(x) if ids else x
+        flat = g.Reshape(x, [-1, 23, WIDTH], name="written")
+        y = g.Add(x, g.attention(flat, scale=0.3 if wrong else 0.35))
+        g.gives("y", y, "b", "n", WIDTH)
+
+    said = found(tmp_path, build, "scale")
+    assert "node written (-1,23,16)" in said
+    assert "dynamo=True" in said
+    assert {one.arrays["x"].shape[1] for one in feeds.infer(tmp_path / "a.onnx")[0]} == {23}
+
+
+def test_a_reshape_that_fits_nothing_is_told_with_its_sizes(tmp_path):
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.float32, "b", "n", WIDTH)
+        g.gives("y", g.Reshape(x, [7, 9000, WIDTH], name="written"), 7, 9000, WIDTH)
+
+    with pytest.raises(files.BadInput, match=r"node written \(7,9000,16\).*dynamo=True"):
+        feeds.infer(save(tmp_path / "a.onnx", build))

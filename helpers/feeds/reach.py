@@ -213,18 +213,18 @@ def written(model: ir.Model) -> dict[int, list[ir.Node]]:
     found: dict[int, list[ir.Node]] = {}
     for node in graph.nodes(model):
         if node.op_type in ("Reshape", "Expand"):
-            for size in {*_sizes(node.inputs[1])}:
+            for size in {*sizes(node.inputs[1])}:
                 if size > 1:
                     found.setdefault(size, []).append(node)
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-def _sizes(shape: ir.Value | None) -> Iterator[int]:
+def sizes(shape: ir.Value | None) -> Iterator[int]:
     """The sizes in a shape that are constants, if it is put together of several."""
     node = shape.producer() if shape is not None else None
     if node is not None and node.op_type in ("Concat", "Unsqueeze", "Cast", "Identity"):
         for value in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
-            yield from _sizes(value)
+            yield from sizes(value)
         return
     tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
     if tensor is not None and 0 < tensor.size < 16 and tensor.dtype.is_integer():

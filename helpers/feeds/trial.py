@@ -160,7 +160,8 @@ class Trial:
         `error`, or one with `length` in its shape. Empty where there is none."""
         sizes = re.search(r"requested shape: ?\{([^}]*)\}", str(error))
         raised = re.search(r"running (Reshape|Expand) node", str(error)) and _node(error)
-        known = reach.written(self.model).get(length, ())
+        holding = reach.written(self.model).get(length, ())  # (batch, length, …), or length alone
+        known = [node for node in holding if length in [*reach.sizes(node.inputs[1])][:2]]
         if not raised and not known:
             return ""
         named = raised or graph.name(known[0])
