@@ -173,7 +173,7 @@ class _Exposed:
         node.output[:] = outputs
         before = f"{result.name}_before"
         proto.graph.node.insert(at + 1, onnx.helper.make_node("Add", [before, name], [result.name]))
-        kind = result.dtype or ir.DataType.FLOAT
+        kind = _type(result)
         proto.graph.input.append(onnx.helper.make_tensor_value_info(name, int(kind), None))
         self.types[name] = kind.numpy()
         return name
@@ -192,6 +192,17 @@ class _Exposed:
             found = self.session.run(self.wanted, arrays | noise)
             values |= dict(zip(self.wanted, found, strict=True))
         return values
+
+
+def _type(value: ir.Value | None) -> ir.DataType:
+    """The float type of a value, or where the graph does not state it, of what it comes from."""
+    while value is not None and value.dtype is None and (node := value.producer()) is not None:
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes.get_int("to", 1))
+        read = [one for one in node.inputs if one is not None]
+        first = read[node.op_type == "Where"] if len(read) > 1 else next(iter(read), None)
+        value = next((one for one in read if one.dtype and one.dtype.is_floating_point()), first)
+    return value.dtype if value is not None and value.dtype else ir.DataType.FLOAT
 
 
 def _axes(site: graph.Site) -> int | None:

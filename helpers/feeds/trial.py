@@ -165,7 +165,9 @@ class Trial:
         if not raised and not known:
             return ""
         named = raised or graph.name(known[0])
-        given = (sizes[1] if sizes else files.told(error, 100)) if raised else length
+        given = (sizes[1] if sizes else files.told(error, 100)) if raised else ""
+        if known and not raised:
+            given = ",".join(map(str, reach.sizes(known[0].inputs[1])))
         more = f" and {len(known) - 1} more" if not raised and len(known) > 1 else ""
         return (
             f"sizes that the exporter wrote into node {named}{more} ({given}), so that it fits one"
