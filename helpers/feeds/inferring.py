@@ -191,9 +191,11 @@ class _Making:
             self.notes.append("batch 1, since the model refuses a batch of 2")
         same = self.sizes.assign(dataclasses.replace(long, batch=short.batch))
         if kinds & {"token", "signal"} and same == self.sizes.assign(short):
-            other = {"signal": 2 * smallest.signal, "token": smallest.token + 1}
-            failed = trial.problem(dataclasses.replace(smallest, **other), flags)
-            if failed is not None and (written := trial.written(failed, trial.counted(short))):
+            others = [{"signal": 2 * smallest.signal, "token": smallest.token + 1}]
+            others.append({"signal": 3 * smallest.signal, "token": 2 * smallest.token})
+            failed = [trial.problem(dataclasses.replace(smallest, **one), flags) for one in others]
+            written = all(failed) and trial.written(failed[0], trial.counted(short))
+            if written:
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
         return short, single, more
 
@@ -323,7 +325,10 @@ class _Making:
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""
-        parts = [one.described() for one in self.trial.inputs]
+        parts = [one.described() for one in self.trial.inputs if one.role != "flag"]
+        for flag in self.trial.flags:
+            fed = sorted({int(feed.arrays[flag.name].ravel()[0]) for feed in self.made})
+            parts.append(f"{flag} flag, {' and '.join(map(str, fed))}")
         first = self.trial.inputs[0].name if self.trial.inputs else ""
         shapes = dict.fromkeys(str(feed.arrays[first].shape) for feed in self.made if first)
         parts.append(f"{first} {', '.join(shapes)}")

@@ -112,7 +112,6 @@ class Input:
             what = f"mask ({self.keep:g} is a key)"
         else:
             what = {
-                "flag": "flag, both values",
                 "lengths": "lengths",
                 "last": "index of the last key",
                 "total": "number of positions",

@@ -111,6 +111,9 @@ def _numbers(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type in ("Clip", "Max", "Min") and not positions.isdisjoint(inputs):
         yield from (abs(round(c)) for c in map(_constant, inputs) if c is not None)
+    if node.op_type in ("Div", "Mod") and inputs[0] in positions:  # chunks of so many positions
+        length = _constant(inputs[1])
+        yield from (int(length),) if length is not None and length == round(length) else ()
     if node.op_type == "Trilu" and len(inputs) > 1:
         shift = _constant(inputs[1])
         yield from () if shift is None else (abs(round(shift)),)
