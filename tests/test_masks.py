@@ -4,6 +4,8 @@ Each graph is compared with itself fused, which must hold, and with graphs that 
 the right feed shows it.
 """
 
+import re
+
 import numpy as np
 import pytest
 from building import HEAD, HEADS, WIDTH, Build, Graph, found, save
@@ -53,7 +55,7 @@ FLAGS = {
 @pytest.mark.parametrize("build", FLAGS.values(), ids=list(FLAGS))
 def test_both_branches_of_a_flag_are_run(build, tmp_path):
     said = found(tmp_path, build, "then", "else")
-    assert "flag, 0 and 1" in said
+    assert re.search(r"flag, -?\d+ and \d+", said)
     assert "not run" not in said
 
 
