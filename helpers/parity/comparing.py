@@ -356,7 +356,8 @@ class _Judge:
             return 0.0
         if self.rounding is None:
             tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
-            self.rounding = precision.with_scores_rounded(self.plain.path, tried)
+            by = precision.STEPPED if self.eight_bits else precision.ROUNDED
+            self.rounding = precision.with_scores_rounded(self.plain.path, tried, by)
         grown = GROWN * self.rounding.get(name, 0.0) * precision.spread(values)
         return min(grown, self._most(candidate, name, values))
 

@@ -20,6 +20,7 @@ ULPS = 16  # of an output's largest number: what another order of summation may 
 SCALED = 1.05  # a fault that must show in an 8-bit graph: scores that are 5 % off
 SITES = 6  # at most, of which that is tried
 ROUNDED = 1 + 2**-21  # what scores are off by that were summed in another order
+STEPPED = 1 + 2**-16  # the same in 8 bits, where one number in many falls on a step's other side
 
 _NOT_COMPUTING = {
     *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather"),
@@ -89,10 +90,10 @@ def with_scores_off(path: Path, tried: Tried) -> dict[str, float]:
     return {name: min(one[name] for one in shown if name in one) for name in names}
 
 
-def with_scores_rounded(path: Path, tried: Tried) -> dict[str, float]:
+def with_scores_rounded(path: Path, tried: Tried, by: float = ROUNDED) -> dict[str, float]:
     """The same, if all scores are off by what they may be rounded by: how far rounding grows."""
     proto, sites = _sites(path)
-    return _shown(path, _scaled(proto, sites, ROUNDED), tried) if sites else {}
+    return _shown(path, _scaled(proto, sites, by), tried) if sites else {}
 
 
 def _sites(path: Path) -> tuple[onnx.ModelProto, list[int]]:
