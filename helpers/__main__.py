@@ -70,6 +70,11 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     tolerance = arguments.tolerance
     report = parity.compare(reference, candidates, cases, description, tolerance=tolerance)
     if arguments.save_inputs:
+        if report.worst.feed is None:
+            raise files.BadInput(
+                f"{report.worst.name}: expected a model that loads, to save the inputs on which it"
+                f" differs most, found that it {report.worst.reason}; leave out --save-inputs"
+            )
         feeds.save(report.worst.feed, arguments.save_inputs)
     return DONE if report.held else FAILED, report.to_json(), str(report)
 
@@ -162,7 +167,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--tolerance",
         type=_positive,
         metavar="X",
-        help="largest difference allowed, for who knows it",
+        help="the largest difference to allow, in place of the inferred tolerance",
     )
     compare.add_argument(
         "--save-inputs",
