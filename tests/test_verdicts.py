@@ -72,29 +72,6 @@ def test_the_tolerance_goes_with_the_size_of_outputs(factor, tmp_path):
     found(tmp_path, layer(factor), "mask", "scale")
 
 
-def cancelled(g: Graph, wrong: str) -> None:
-    """Two layers of which one is taken off the other: what is left is small, and rounded. The right
-    candidate scales queries instead of scores."""
-    ids, mask = g.given("ids", np.int64, *IDS), g.given("given", np.int64, *IDS)
-    x, bias = g.embedded(ids), None if wrong else g.penalty(mask)
-    queries, g.fused = g.fused, False
-
-    def attention(scale: float) -> str:
-        if not queries:
-            return g.attention(x, bias=bias, scale=scale)
-
-        def turned(value: str, which: str) -> str:
-            return g.Mul(value, scale) if which == "q" else value
-
-        return g.attention(x, bias=bias, scale=1.0, turned=turned)
-
-    g.gives("y", g.Sub(attention(SCALE), attention(SCALE * 1.00002)), *HIDDEN)
-
-
-def test_rounding_is_allowed_where_outputs_cancel(tmp_path):
-    found(tmp_path, cancelled, "mask")
-
-
 def halves(g: Graph, wrong: str) -> None:
     """float32 outside, float16 inside; the right candidate scales queries instead of scores."""
     ids, mask = g.given("ids", np.int64, *IDS), g.given("given", np.int64, *IDS)
