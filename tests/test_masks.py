@@ -203,6 +203,17 @@ def test_the_sense_of_a_mask_is_found(kind, tmp_path):
     assert f"mask ({key} is a key)" in said
 
 
+def test_a_mask_of_pairs_is_told_from_one_of_samples(tmp_path):
+    """Of pairs, causal ones are fed, and each query sees a key at least."""
+    for kind, pairs in (("(n, n), True is a key", True), ("(b, n), True is a key", False)):
+        cases, said = feeds.infer(save(tmp_path / "a.onnx", SENSES[kind][0]))
+        assert ("causal" in said) == pairs
+        for feed in cases:
+            mask = feed.arrays["given"]
+            assert mask.any(axis=1).all() or "altogether" in feed.name
+            assert not pairs or mask.shape[0] == feed.arrays["x"].shape[1]
+
+
 def across(g: Graph, wrong: str) -> None:
     """Masks of two senses: of the keys of another sequence, of pairs, and of own keys."""
     x, memory = g.given("x", FLOAT, *HIDDEN), g.given("memory", FLOAT, "b", "l", WIDTH)
