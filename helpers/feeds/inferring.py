@@ -67,7 +67,8 @@ class _Making:
         self.rows = reach.table(trial.model)
         operators = {node.op_type for node in graph.nodes(trial.model)}
         self.scaled_together = not operators.isdisjoint(_SCALED_TOGETHER)
-        self.marking = any(one.special for one in trial.inputs)  # ids that are compared: padding
+        # Ids that are compared, since they mark padding; numbers that may say how far keys go.
+        self.marking = any(one.special or one.role == "amount" for one in trial.inputs)
         self.all_have_keys = False
         self.reached = 0  # positions, in the longest feed
         self.passed: list[str] = []  # feeds that are passed over, and why

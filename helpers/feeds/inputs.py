@@ -115,6 +115,7 @@ class Input:
                 "lengths": "lengths",
                 "last": "index of the last key",
                 "total": "number of positions",
+                "amount": "a number, up to that of the positions",
                 "cache": "cache, normal",
                 "cross": "keys or values of another sequence, normal",
                 "integers": "bytes" if self.dtype == np.uint8 else "integers 0 and 1",
@@ -200,7 +201,7 @@ def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) ->
         if one.dtype.kind == "b":
             return "flag" if small else "integers"
         if not one.dims:
-            return "positions" if _rotates(value) else "total"
+            return "positions" if _rotates(value) else "amount"
         return "lengths" if not _rotates(value) else "positions"
     if _rotates(value):
         return "positions"

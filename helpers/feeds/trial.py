@@ -16,6 +16,7 @@ from helpers.feeds.scores import Scores
 from helpers.feeds.sizes import At, Sizes, size
 
 PATIENCE = 60  # seconds in which sizes are tried that fail
+AMOUNTS = {"right": 2 / 3, "left": 1 / 3, "holes": 0}  # of the positions, by padding
 ROUND = (16, 64)  # lengths may have to be multiples of these
 
 Flags = dict[str, int]
@@ -61,6 +62,8 @@ class Trial:
                 values = np.full(shape, (flags or {}).get(one.name, 0))
             elif one.role == "ids":
                 values = masks.ids(one, shape, own, random)
+            elif one.role == "amount":
+                values = max(1, int((queries + past) * AMOUNTS.get(own, 1)))
             else:
                 values = _values(one, shape, queries, past, random)
             arrays[one.name] = np.asarray(values).astype(one.dtype)
