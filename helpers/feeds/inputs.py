@@ -200,9 +200,9 @@ def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) ->
             return "last" if _SEQLENS in grouped and one.dims else "total"
         if one.dtype.kind == "b":
             return "flag" if small else "integers"
-        if not one.dims:
-            return "positions" if _rotates(value) else "amount"
-        return "lengths" if not _rotates(value) else "positions"
+        if _rotates(value):
+            return "positions"
+        return "amount" if small else "lengths"
     if _rotates(value):
         return "positions"
     one.counted = _SEQLENS in grouped
