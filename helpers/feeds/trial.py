@@ -63,7 +63,7 @@ class Trial:
             elif one.role == "ids":
                 values = masks.ids(one, shape, own, random)
             elif one.role == "amount":
-                values = max(1, int((queries + past) * AMOUNTS.get(own, 1)))
+                values = np.full(shape, max(1, int((queries + past) * AMOUNTS.get(own, 1))))
             else:
                 values = _values(one, shape, queries, past, random)
             arrays[one.name] = np.asarray(values).astype(one.dtype)
