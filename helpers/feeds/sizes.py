@@ -103,7 +103,7 @@ class Sizes:
             one
             for one in inputs
             if one.role == "ids"
-            or (one.role == "floats" and len(one.dims) < 4 and isinstance(one.dims[-1], int))
+            or (one.role == "floats" and 0 < len(one.dims) < 4 and isinstance(one.dims[-1], int))
         ]
         fixed = [one.dims[1] for one in widths if len(one.dims) > 1]
         self.fixed = next((dim for dim in fixed if isinstance(dim, int)), 0)
