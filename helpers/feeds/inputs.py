@@ -21,8 +21,6 @@ from onnx_ir.passes import common as passes
 
 from helpers import files, graph
 
-NO_NAME = ("", "?", "None", "unk__")  # how exporters write that an axis has no name
-
 # What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
 _TABLES = {
     "Gather": [(1, 0, "axis")],
@@ -165,12 +163,10 @@ def read(model: ir.Model, path: Path) -> list[Input]:
 
 
 def _dims(value: ir.Value) -> list[int | str]:
-    """The sizes of the axes. One that is unknown, or -1, has a name of its own."""
+    """The sizes of the axes. One that is unknown has a name of its own."""
     dims: list[int | str] = []
     for axis, dim in enumerate(value.shape):
-        text = str(dim) if isinstance(dim, int) else (dim.value or "")
-        unknown = text in NO_NAME or (text.lstrip("-").isdigit() and int(text) < 0)
-        text = f"{value.name}_{axis}" if unknown else text
+        text = str(dim) if isinstance(dim, int) else dim.value or f"{value.name}_{axis}"
         dims.append(int(text) if text.isdigit() else text)
     return dims
 

@@ -14,14 +14,11 @@ import numpy as np
 
 from helpers.feeds.feed import changed
 from helpers.feeds.inputs import Input
-from helpers.feeds.scores import Scores
+from helpers.feeds.scores import Arrays, Scores
 
 LOWEST = float(np.finfo(np.float32).min)
 # What stands for no key in an additive mask, by what is masked.
 VERY_LOW = {"causal": LOWEST, "right": -np.inf, "left": LOWEST, "holes": -1e4, "all": LOWEST}
-PADDINGS = ("no", "causal", "right", "left", "holes", "bias", "all")
-
-Arrays = dict[str, np.ndarray]
 
 
 def lowest(dtype: np.dtype) -> float:
@@ -173,7 +170,8 @@ def _close(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def filled(one: Input, shape: tuple[int, ...], padding: str, past: int = 0) -> np.ndarray:
-    """A mask of `shape` with `padding` (one of `PADDINGS`), in its own type and sense.
+    """A mask of `shape` with `padding`, in its own type and sense: no, causal, right, left,
+    holes, bias or all.
 
     All but "all" leave each row a key: "all" takes all keys from the last sample, or of pairs, from
     the first query of the last sample. The first sample of several is never padded. Where keys are

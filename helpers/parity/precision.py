@@ -83,29 +83,30 @@ def with_scores_off(path: Path, tried: Tried) -> dict[str, float]:
     """By how much the outputs of the model at `path` differ if the scores of one site are 5 % off,
     by name, relative to their spread: for the site where it shows least. Empty where that cannot
     be tried."""
-    proto, sites = _sites(path)
+    proto, folder, sites = _sites(path)
     every = -(-len(sites) // SITES) or 1
-    shown = [_shown(path, _scaled(proto, [site], SCALED), tried) for site in sites[::every]]
+    shown = [_shown(_scaled(proto, [site], SCALED), folder, tried) for site in sites[::every]]
     names = {name for one in shown for name in one}
     return {name: min(one[name] for one in shown if name in one) for name in names}
 
 
 def with_scores_rounded(path: Path, tried: Tried, by: float = ROUNDED) -> dict[str, float]:
     """The same, if all scores are off by what they may be rounded by: how far rounding grows."""
-    proto, sites = _sites(path)
-    return _shown(path, _scaled(proto, sites, by), tried) if sites else {}
+    proto, folder, sites = _sites(path)
+    return _shown(_scaled(proto, sites, by), folder, tried) if sites else {}
 
 
-def _sites(path: Path) -> tuple[onnx.ModelProto, list[int]]:
-    """The model, and the places of its nodes whose first input is scores, or queries."""
-    proto, _ = external.read(path)
+def _sites(path: Path) -> tuple[onnx.ModelProto, Path, list[int]]:
+    """The model, the folder of its data, and the places of its nodes whose first input is scores,
+    or queries."""
+    proto, folder = external.read(path)
     made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
     found = [
         made[site.node.outputs[0].name]
         for site in graph.sites(graph.inline(ir.from_proto(proto)))
         if site.node.outputs[0].name in made and site.node.op_type in ("Softmax", "Attention")
     ]
-    return proto, found
+    return proto, folder, found
 
 
 def _scaled(proto: onnx.ModelProto, places: list[int], factor: float) -> bytes:
@@ -121,11 +122,11 @@ def _scaled(proto: onnx.ModelProto, places: list[int], factor: float) -> bytes:
     return changed.SerializeToString()
 
 
-def _shown(path: Path, changed: bytes, tried: Tried) -> dict[str, float]:
+def _shown(changed: bytes, folder: Path, tried: Tried) -> dict[str, float]:
     """By how much the outputs of a changed model differ, by name, relative to their spread."""
     shown: dict[str, float] = {}
     try:
-        session = files.session(changed, optimise=False, folder=external.read(path)[1])
+        session = files.session(changed, optimise=False, folder=folder)
         names = [one.name for one in session.get_outputs()]
         for feed, outputs, compared in tried:
             found = dict(zip(names, session.run(names, feed.arrays), strict=True))
