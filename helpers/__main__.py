@@ -28,7 +28,7 @@ def _positive(text: str) -> float:
 
 def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import graph
-    from helpers.fusions import repairs
+    from helpers.graph import repairs
 
     notes: list[str] = []
     model = graph.load(files.check(arguments.model, notes=notes), weights=False)
@@ -82,7 +82,7 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     path = files.check(arguments.model)
     if arguments.rules:
-        from helpers import rules
+        from helpers.explain import rules
 
         if arguments.what_if:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import onnx
 
-from helpers.worker import memory
+from helpers.workers.worker import memory
 
 MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
 SECONDS, SECONDS_EACH = 100, 4e-6  # likewise, of the processor's time

@@ -80,7 +80,7 @@ def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
 def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
     """The model file at `path`, on ONNX Runtime's CPU provider."""
     path = Path(path).absolute()
-    return Contender(label, kind, "helpers.runtimes:onnxruntime", {"path": str(path)}, path)
+    return Contender(label, kind, "helpers.workers.runtimes:onnxruntime", {"path": str(path)}, path)
 
 
 def openvino(label: str, path: str | Path, *, int8: bool = False) -> Contender:
@@ -93,7 +93,7 @@ def openvino(label: str, path: str | Path, *, int8: bool = False) -> Contender:
     path = Path(path).absolute()
     kind = "openvino-int8" if int8 else "openvino"
     arguments = {"path": str(path), "int8": int8}
-    return Contender(label, kind, "helpers.runtimes:openvino", arguments, path)
+    return Contender(label, kind, "helpers.workers.runtimes:openvino", arguments, path)
 
 
 def stock(

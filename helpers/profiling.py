@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import onnx
 
-from helpers import files, graph, runtimes
-from helpers.worker import Failed, Worker
+from helpers import files, graph
+from helpers.workers import runtimes
+from helpers.workers.worker import Failed, Worker
 
 if TYPE_CHECKING:
     import pandas

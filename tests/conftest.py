@@ -4,15 +4,15 @@ import os
 
 import pytest
 
-from helpers import picture
 from helpers.files import BadInput
+from helpers.view import browser
 
 
 @pytest.fixture(scope="session")
 def program() -> str:
     """Chromium, which draws the pictures."""
     try:
-        return picture.chromium()
+        return browser.chromium()
     except BadInput:
         if os.environ.get("CI"):
             raise

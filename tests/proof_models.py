@@ -6,6 +6,7 @@ of what the test knows of a model, without `helpers.feeds`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import transformers
 from onnx import compose, helper
 
 from helpers import export, files, graph
-from helpers.fusions import masks, rotary
-from helpers.fusions.architectures import ARCHITECTURES, Small
+from helpers.graph import repairs
+from helpers.models.small import ARCHITECTURES, Small
 from helpers.quiet import quiet
 
 Arrays = dict[str, np.ndarray]
@@ -202,7 +203,7 @@ def merge(past: onnx.ModelProto, first: onnx.ModelProto) -> onnx.ModelProto:
 def _repair(path: Path) -> None:
     """Mend an export that runs on one sample alone, or masks with one row, as `fuse` does."""
     model = graph.load(path)
-    if [*masks.repair(model), *rotary.repair(model)]:
+    if any(dataclasses.astuple(repairs.repair(model))):
         files.save(model, path)
 
 

@@ -11,6 +11,7 @@ import pytest
 from graphs import write
 
 from helpers import benchmark, contenders, files
+from helpers.benchmark import timing
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -118,7 +119,7 @@ def test_speedup_is_paired_by_round():
 
 
 def test_each_round_another_one_goes_first():
-    orders = [benchmark.turns("abc", number) for number in range(4)]
+    orders = [timing.turns("abc", number) for number in range(4)]
     assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
 
 
@@ -183,7 +184,7 @@ def test_processes_are_gone_when_interrupted(tmp_path, monkeypatch):
     def interrupt(labels, number):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "turns", interrupt)
+    monkeypatch.setattr(timing, "turns", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([named("a", "logged", log=str(log), label="a")])
     runs = [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,15 +1,15 @@
 """Every site of every architecture, by every route: a sample each time, all with ``-m every``."""
 
 import csv
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 from graphs import write
 
-from helpers import coverage, fuse, graph
-from helpers.fusions.architectures import ARCHITECTURES
+from helpers import fuse, graph
+from helpers.figures.fused_sites import coverage, table
+from helpers.models.small import ARCHITECTURES
 from helpers.quiet import quiet
 
 ROOT = Path(__file__).parent.parent
@@ -67,17 +67,14 @@ def test_a_wrong_result_counts_nothing(tmp_path):
 
 def test_the_table_is_that_of_the_results(monkeypatch, tmp_path):
     """The README's table and the picture are made of the csv, which has every cell."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "assets"), *sys.path])
-    import make_table
-
-    results = make_table.read()
+    results = table.read()
     cells = {(one.architecture, one.route, one.fuser) for one in results}
     assert len(results) == len(cells) == len(ALL) * len(coverage.FUSERS)
-    assert make_table.markdown(results) in (ROOT / "README.md").read_text(encoding="utf-8")
-    monkeypatch.setattr(make_table, "PICTURE", tmp_path / "again.svg")
-    make_table.draw(results)
+    assert table.markdown(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(table, "PICTURE", tmp_path / "again.svg")
+    table.draw(results)
     committed = (ROOT / "assets" / "fused_sites.svg").read_bytes()
     assert (tmp_path / "again.svg").read_bytes() == committed
-    with make_table.CSV.open(newline="", encoding="utf-8") as file:
+    with table.CSV.open(newline="", encoding="utf-8") as file:
         ours = [row for row in csv.DictReader(file) if row["fuser"] == "helpers.fuse"]
     assert all(row["fused"] == row["sites"] for row in ours if row["mark"] != coverage.NONE)

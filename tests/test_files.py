@@ -17,8 +17,10 @@ import torch
 import transformers
 from graphs import write
 
-from helpers import export, external, files, graph
+from helpers import export, files, graph
 from helpers.__main__ import main
+from helpers.files import writing
+from helpers.graph import external
 
 
 def test_check_returns_an_absolute_path(tmp_path, monkeypatch):
@@ -201,7 +203,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_the_data_of_other_models_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "ONE_FILE", 0)
+    monkeypatch.setattr(writing, "ONE_FILE", 0)
     source = write(tmp_path / "source.onnx", SCALED, **ONES)
     model = ir.load(source)
     for name in ("a.onnx", "a.onnx.b.onnx", "b.onnx"):
@@ -236,7 +238,7 @@ def test_a_model_that_comes_in_many_files(tmp_path):
 
 @pytest.mark.parametrize("route", export.ROUTES)
 def test_exported_twice_from_other_folders_has_the_same_size(route, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "ONE_FILE", 0)
+    monkeypatch.setattr(writing, "ONE_FILE", 0)
     config = transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     model, sizes = transformers.DistilBertModel(config), []
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
@@ -262,7 +264,7 @@ def test_saved_twice_from_other_folders_has_the_same_size(tmp_path, monkeypatch)
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[9] x) => (float[1,9,9] y) { y = Mul (x, w) }"""
     model = ir.load(write(tmp_path / "b.onnx", text, w=np.ones((1, 9, 9), np.float32)))
-    monkeypatch.setattr(files, "ONE_FILE", 0)
+    monkeypatch.setattr(writing, "ONE_FILE", 0)
     sizes = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -362,7 +364,7 @@ def in_a_hub(path: Path, data: Path) -> Path:
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("one_file", [0, files.ONE_FILE])
 def test_all_external_data_is_brought_in(linked, one_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "ONE_FILE", one_file)
+    monkeypatch.setattr(writing, "ONE_FILE", one_file)
     path = write(tmp_path / "a.onnx", EVERYWHERE, w=np.array([1, 2], np.float32))
     data = all_external(path, "weights.data")  # a name that our own files have for a moment, too
     before = onnx.load(path, load_external_data=False)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -12,7 +13,9 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 
 from helpers import feeds, files, fuse, graph, parity
 from helpers.__main__ import main
-from helpers.fusions import attention, repairs
+from helpers.files import writing
+from helpers.fuse import attention, pipeline
+from helpers.graph import repairs
 from helpers.quiet import quiet
 
 HEAD = """
@@ -330,7 +333,7 @@ def test_the_site_at_fault_is_named_and_nothing_is_written(tmp_path, monkeypatch
     def wrong(model, site):
         node = right(model, site)
         if site.node.outputs[0].name == "l1p":
-            node.attributes.add(fuse.ir.AttrFloat32("scale", 3.0))
+            node.attributes.add(ir.AttrFloat32("scale", 3.0))
         return node
 
     monkeypatch.setattr(attention, "fuse", wrong)
@@ -380,7 +383,7 @@ def test_a_model_without_a_site(tmp_path):
 
 def test_weights_beside_the_model(tmp_path, monkeypatch):
     """Above the size of one file, they are in a second."""
-    monkeypatch.setattr(files, "ONE_FILE", 100)
+    monkeypatch.setattr(writing, "ONE_FILE", 100)
     wide = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
     text = body().replace("[batch,length,8] y", "[batch,length,16] y")
     done = fuse.fuse(write(tmp_path / "in.onnx", text, wo=wide), tmp_path / "out.onnx")
@@ -587,8 +590,8 @@ def test_a_file_that_does_not_load_is_said_to_be_that(tmp_path, monkeypatch, cap
     def spoil(model):
         model.graph.node(0).op_type = "NoSuchOperator"
 
-    monkeypatch.setattr(fuse, "clean", spoil)
-    monkeypatch.setattr(fuse, "_bisect", lambda *_: pytest.fail("bisected"))
+    monkeypatch.setattr(pipeline, "clean", spoil)
+    monkeypatch.setattr(pipeline, "_bisect", lambda *_: pytest.fail("bisected"))
     assert main(["fuse", str(path), str(tmp_path / "out.onnx"), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["parity"]["held"] is False

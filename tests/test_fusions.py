@@ -1,22 +1,15 @@
-"""Each of `helpers.fusions` beside attention, on a graph written as text."""
+"""Each of `helpers.fuse` beside attention, on a graph written as text."""
 
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from helpers import files, graph
-from helpers.fusions import (
-    gelu,
-    guards,
-    heads,
-    multi_head,
-    normalization,
-    products,
-    residual,
-    values,
-)
+from helpers.fuse import gelu, guards, heads, multi_head, normalization, products, residual
+from helpers.graph import values
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\nsmall '
 
@@ -162,10 +155,10 @@ def test_residuals_are_kept_apart(tmp_path):
     kinds = []
     for name, one in (("before", made(text)), ("after", model)):
         files.save(one, tmp_path / f"{name}.onnx")
-        options = files.ort.SessionOptions()
+        options = ort.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / f"{name}.run.onnx")
         options.log_severity_level = 4
-        files.ort.InferenceSession(tmp_path / f"{name}.onnx", options)
+        ort.InferenceSession(tmp_path / f"{name}.onnx", options)
         kinds.append(graph.counts(ir.load(tmp_path / f"{name}.run.onnx")))
     assert kinds[0] == {"com.microsoft.SkipLayerNormalization": 1}
     assert kinds[1] == {"Add": 1, "LayerNormalization": 1, "Reshape": 1}

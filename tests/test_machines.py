@@ -21,8 +21,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_main import EXPLAIN
 
-from helpers import files, optimizers, packages
+from helpers import files, packages
 from helpers.__main__ import main
+from helpers.explain import chosen
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -113,11 +114,10 @@ def test_everything_runs_without_modules_that_windows_lacks(elsewhere, tmp_path)
 
 
 def sources() -> dict[str, str]:
-    """The code of helpers/, of assets/ and of the notebooks' cells."""
+    """The code of helpers/ and of the notebooks' cells."""
     found = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-        for folder in ("helpers", "assets")
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (ROOT / "helpers").rglob("*.py")
     }
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
@@ -141,11 +141,11 @@ def test_a_path_with_a_drive_letter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "C:").mkdir()
     (tmp_path / "C:" / "mine.py").write_text("class Mine: pass", encoding="utf-8")
-    assert optimizers.loaded("C:/mine.py:Mine").__name__ == "Mine"
+    assert chosen.loaded("C:/mine.py:Mine").__name__ == "Mine"
     with pytest.raises(files.BadInput, match=r"^C:/mine\.py: .* found no class; add :CLASS"):
-        optimizers.loaded("C:/mine.py")
+        chosen.loaded("C:/mine.py")
     with pytest.raises(files.BadInput, match=r"found no file C:\\mine\.py"):
-        optimizers.loaded(r"C:\mine.py:Mine")
+        chosen.loaded(r"C:\mine.py:Mine")
 
 
 def test_a_stream_that_lacks_signs(tmp_path):

@@ -1,12 +1,13 @@
 """The pictures of the notebooks, made again by the command that makes them."""
 
 import re
-import runpy
 from pathlib import Path
 from xml.dom import minidom
 
 import nbformat
 import pytest
+
+from helpers.figures import pictures
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
@@ -42,7 +43,7 @@ def test_each_picture_is_shown_with_alt_text():
 
 @pytest.mark.usefixtures("program")
 def test_they_still_show_what_the_notebook_names(tmp_path):
-    drawn = runpy.run_path(str(ASSETS / "make_pictures.py"))["draw"](tmp_path)
+    drawn = pictures.draw(tmp_path)
     assert set(drawn) == set(shown())
     for name, (notebook, _) in shown().items():
         assert text(tmp_path / name) == text(ASSETS / name), "make the pictures again"

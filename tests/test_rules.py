@@ -17,8 +17,8 @@ from graphs import ATTENTION, write
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase, RewriteRuleSet, _matcher, pattern
 
 from helpers import files, graph
+from helpers.explain.rules import explain
 from helpers.export import export
-from helpers.rules import explain
 
 FOREIGN = ("Neg", "Sin", "Abs", "Tanh")
 

@@ -19,9 +19,10 @@ import onnx.parser
 import pytest
 from graphs import ATTENTION, write
 
-from helpers import picture, view
+from helpers import view
 from helpers.__main__ import main
 from helpers.files import BadInput
+from helpers.view import browser, marks
 
 NAMES = [line.split("]")[0].strip(" [") for line in ATTENTION.splitlines() if " = " in line]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g'
@@ -234,7 +235,7 @@ def surrounds(outline, width: float, height: float) -> bool:
 
 
 def test_outlines_surround_the_boxes_and_differ_in_shape():
-    marked = groups(picture.mark(EXPORT, TWO, "text", around=0, along=[1, 0], break_at=1))
+    marked = groups(marks.mark(EXPORT, TWO, "text", around=0, along=[1, 0], break_at=1))
     path, thick = sorted(outlines(marked["0"]), key=lambda o: o.getAttribute("style"))
     assert surrounds(thick, 60, 20)
     assert surrounds(path, 60, 20)
@@ -252,7 +253,7 @@ def test_outlines_surround_the_boxes_and_differ_in_shape():
 
 
 def test_labels_are_inside_the_picture_and_below_the_drawing():
-    marked = picture.mark(EXPORT, TWO, "A <text> & more", around=0, along=[1], break_at=1)
+    marked = marks.mark(EXPORT, TWO, "A <text> & more", around=0, along=[1], break_at=1)
     root = minidom.parseString(marked).documentElement
     left, top, width, height = map(float, root.getAttribute("viewBox").split())
     assert (number(root, "width"), number(root, "height")) == (width, height)
@@ -277,7 +278,7 @@ def test_labels_are_inside_the_picture_and_below_the_drawing():
 
 
 def test_names_and_the_text_alternative_are_in_the_picture():
-    marked = picture.mark(EXPORT, [("Relu", ODD_NAME), TWO[1]], "A <text> & more")
+    marked = marks.mark(EXPORT, [("Relu", ODD_NAME), TWO[1]], "A <text> & more")
     root = minidom.parseString(marked).documentElement
     assert root.getAttribute("role") == "img"
     assert root.firstChild.firstChild.data == "A <text> & more"
@@ -292,7 +293,7 @@ def test_names_and_the_text_alternative_are_in_the_picture():
 
 def test_an_export_without_the_nodes_is_refused():
     with pytest.raises(BadInput, match="expected a drawing of 2 nodes, found none of first"):
-        picture.mark(EXPORT.replace("node-name-0", "other"), TWO, "text")
+        marks.mark(EXPORT.replace("node-name-0", "other"), TWO, "text")
 
 
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────
@@ -352,7 +353,7 @@ def test_a_png_is_the_marked_svg_at_twice_its_size(program, tmp_path, monkeypatc
     assert width > 600
     assert height > 600
     assert pixels[0, 0, :3].tolist() == pixels[-1, -1, :3].tolist() == [1, 1, 1]
-    legend = pixels[-2 * (picture.MARGIN + 2 * picture.LINE) : -2 * picture.MARGIN, : width // 2]
+    legend = pixels[-2 * (marks.MARGIN + 2 * marks.LINE) : -2 * marks.MARGIN, : width // 2]
     assert legend.min() == 0
 
 
@@ -384,14 +385,14 @@ def test_netron_that_never_draws_is_told(program, tmp_path, monkeypatch):
     folder.mkdir()
     changed = changed_netron(folder, "dagre.js", r".*", "for (;;) {}")
     monkeypatch.setattr(netron, "__file__", str(changed))
-    monkeypatch.setattr(picture, "TIMEOUT", 5)
+    monkeypatch.setattr(browser, "TIMEOUT", 5)
     with pytest.raises(BadInput, match=r"within 5 s a step, found: .*Timeout 5000ms exceeded"):
         view.save(path, tmp_path / "a.svg", chromium=program)
 
 
 def test_a_message_of_netron_is_told(program, tmp_path):
     with pytest.raises(BadInput, match="found the message 'Unsupported file"):
-        picture.draw(
+        marks.draw(
             b"junk" * 99,
             tmp_path / "a.svg",
             program,

@@ -15,9 +15,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import external, files, graph
+from helpers import files, graph
 from helpers.feeds import operator_masks
 from helpers.feeds.operator_masks import MASKED
+from helpers.graph import external
 
 Arrays = dict[str, np.ndarray]
 

@@ -136,7 +136,7 @@ class Trial:
 
     def refused(self, problems: list[Exception]) -> files.BadInput:
         """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
-        from helpers.fusions import repairs
+        from helpers.graph import repairs
 
         listed = "; ".join(map(str, self.inputs))
         furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))

@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from helpers import external, files, graph
+from helpers import files, graph
 from helpers.feeds import Feed
+from helpers.graph import external
 from helpers.parity.runner import Outputs
 
 # By the least precise type that is computed in, relative to the output's standard deviation where

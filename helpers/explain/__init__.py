@@ -1,0 +1,17 @@
+"""Why a fusion did not match: the optimizer's own, a reader's, or a rewrite rule."""
+
+from helpers.explain.entry import explain
+from helpers.explain.optimizer import LEVELS, what_if
+from helpers.explain.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
+
+__all__ = [
+    "LEVELS",
+    "Attempt",
+    "Check",
+    "Explanation",
+    "Node",
+    "Reason",
+    "Verdict",
+    "explain",
+    "what_if",
+]

@@ -1,0 +1,309 @@
+"""Why a fusion did not match: run ONNX Runtime's optimizer on a model, and say what it missed.
+
+The optimizer is that of the package, or a reader's own fusion in its place, unchanged; `watch`
+records what its fusions ask for and `source` reads why they returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from helpers import feeds, files, graph, packages
+from helpers.explain import chosen, nearest, slicing, words, wrong_sites
+from helpers.explain.optimizer_watch import Call, Watch
+from helpers.explain.reasons import Check, Explanation, Reason, Verdict
+from helpers.explain.verdicts import judged
+from helpers.quiet import quiet
+
+LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
+
+WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
+
+
+def explain(
+    path: str | Path,
+    model_type: str | None = None,
+    *,
+    fusion: str | type | None = None,
+    num_heads: int = 0,
+    hidden_size: int = 0,
+    opt_level: int | None = None,
+    options: Any = None,
+    save: str | Path | None = None,
+    parity: bool = False,
+    inputs: str | Path | None = None,
+) -> Explanation:
+    """Run ``onnxruntime.transformers.optimizer`` on the file at `path`, and say what it missed.
+
+    `model_type` is a key of its MODEL_TYPES, or of one that was registered there; or `fusion` is a
+    subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
+    class or "FILE.py:CLASS". `num_heads`, `hidden_size`, `opt_level` and `options` (FusionOptions)
+    are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`.
+    What the optimizer's code raises becomes a reason. Weights above 1.5 GB in all are not read,
+    unless what it makes is asked for.
+
+    With `parity`, what it makes is compared with the file, on `inputs` (an .npz) or inferred ones,
+    and sites that fused and compute something else are marked `wrong`.
+
+    Raises `files.BadInput` on an unknown `model_type`, a `fusion` that is none, a hidden size that
+    is no multiple of the heads, inputs that do not fit or cannot be inferred, and where a package
+    is missing that the optimizer imports (PyTorch, above opt_level 0).
+    """
+    if num_heads and hidden_size % num_heads:
+        raise files.BadInput(
+            f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
+        )
+    cases = feeds.read(inputs, path) if parity else None
+    before = onnx.load(path, load_external_data=False)
+    in_functions = bool(before.functions)
+    names, tensors = graph.names_in(before)
+    model = graph.inline(ir.from_proto(graph.without_weights(before)))
+    del before
+    with (
+        chosen.registered(model_type, fusion) as (name, class_, also),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        watch = Watch([class_], names, tensors, _conclude, also)
+        draft = Path(folder) / "optimised.onnx" if parity else None
+        choice = (num_heads, hidden_size, options, opt_level)
+        made = _optimised(path, name, watch, save, draft, *choice)
+        sites = graph.sites(model)
+        if isinstance(made, Reason):
+            verdicts, reasons = _stopped(sites, made)
+        else:
+            verdicts, reasons = judged(model, sites, made, watch, in_functions)
+        answer = Explanation(class_.__name__, verdicts, reasons)
+        stopped = isinstance(made, Reason)
+        watch = made = None
+        if files.size(path) > WORTH_COLLECTING:  # fusions and models refer to each other
+            gc.collect()
+        if cases and not stopped:
+            wrong_sites.judge(answer, path, draft, *cases)
+    for reason in reasons:
+        _locate(reason, model)
+    return answer
+
+
+def _stopped(sites: list[graph.Site], reason: Reason) -> tuple[list[Verdict], list[Reason]]:
+    """Nothing was made, for `reason`."""
+    reason.sites = [i for i, site in enumerate(sites) if not site.fused]
+    verdicts = [Verdict(s.name, s.layer, s.fused, reason=None if s.fused else 0) for s in sites]
+    return verdicts, [reason] if reason.sites else []
+
+
+def _optimised(
+    path: str | Path,
+    name: str,
+    watch: Watch,
+    save: str | Path | None,
+    draft: Path | None,
+    *choice: Any,
+) -> onnx.ModelProto | Reason:
+    """What the optimizer makes, without its weights, or what it raised. It is written to `save`, if
+    it can be run, and to `draft` even if not."""
+    from onnxruntime.transformers import optimizer
+
+    with quiet():
+        ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
+        light = not save and not draft and files.size(path) > files.ONE_FILE
+        reading = chosen.without_large_weights if light else chosen.following_links
+        try:
+            with watch, reading():
+                made = optimizer.optimize_model(str(path), name, *choice)
+        except ModuleNotFoundError as error:  # of a package that it needs, PyTorch
+            light = ", or take --opt-level 0 and no --what-if" if error.name == "torch" else ""
+            raise packages.missing(error, path, light) from None
+        except Exception as error:  # any: the code is not ours, and that it raised is the answer
+            made = _raised(watch, error)
+        finally:
+            ort.set_default_logger_severity(2)  # the default
+        if isinstance(made, Reason):
+            gc.collect()  # it leaves a temporary folder behind, with a warning
+            return made
+        weights = sum(len(one.raw_data) for one in made.model.graph.initializer)
+        if save:
+            with files.writing(save) as checked:
+                made.save_model_to_file(str(checked), weights > files.ONE_FILE)
+        if draft:
+            made.save_model_to_file(str(draft), weights > files.ONE_FILE)
+        return graph.without_weights(made.model)
+
+
+def what_if(
+    paths: Mapping[str, str | Path] | str | Path,
+    model_type: str | None = None,
+    *,
+    opt_levels: Iterable[int] = LEVELS,
+    **choice: Any,
+) -> list[dict[str, Any]]:
+    """`explain` each of `paths` (one, or by label: other routes, say) at each of `opt_levels`.
+
+    Rows for a table: the file's label, level, sites, how many fused, whether the result is right
+    (None: there is none, or nothing fused), and the causes of the sites left. `choice` is passed to
+    `explain`.
+    """
+    named = paths if isinstance(paths, Mapping) else {Path(paths).name: paths}
+    rows = []
+    for label, path in named.items():
+        for level in opt_levels:
+            print(f"{label} at opt_level {level} …", flush=True)
+            found = explain(path, model_type, opt_level=level, parity=True, **choice)
+            fused = sum(site.fused for site in found.sites)
+            rows.append(
+                {
+                    "file": label,
+                    "opt_level": level,
+                    "sites": len(found.sites),
+                    "fused": fused,
+                    "held": found.parity.held if found.parity else None,
+                    "causes": ", ".join(dict.fromkeys(one.cause for one in found.reasons)),
+                }
+            )
+    return rows
+
+
+# ── Why a call of `fuse` gave up ────────────────────────────────────────────────────────────────
+
+
+def _conclude(watch: Watch, call: Call) -> Reason:
+    """The reason that `call` gives for not having fused; asked for as soon as it has returned."""
+    write = words.writer(call.made, watch.node)
+    gave = slicing.gave_up(call.step, write)
+    reason = Reason(
+        type(call.fusion).__name__,
+        "end" if gave.end else "path" if gave.broken else "check",
+        "other_check",
+        file=slicing.file_of(call.step.code),
+        line=gave.line,
+        source=gave.source,
+        within=gave.within,
+        anchor=call.anchor,
+        none=gave.none,
+    )
+    near = {}
+    if gave.broken:
+        near = {id(one): nearest.nearest(one, call.made) for one in gave.broken}
+        ranked = sorted(gave.broken, key=lambda one: nearest.rank(one, near[id(one)]))
+        reason.attempt = ranked[0]
+        reason.actual = nearest.path(near[id(ranked[0])])
+        reason.cause = nearest.cause(ranked[0], near[id(ranked[0])], call.made)
+        reason.attempt.found = nearest.unvisited(reason.attempt, call.attempts)
+    else:
+        ranked = []
+        reason.cause = _check_cause(gave, call.made)
+    if not gave.broken or gave.end:
+        reason.check = Check(gave.test or gave.source, gave.operands)
+    more = {}
+    if reason.attempt and reason.attempt.at.output in watch.replaced:
+        made_from = map(write, watch.replaced[reason.attempt.at.output])
+        more[f"{reason.attempt.at.name} was made from"] = "; ".join(made_from)
+    if watch.stopped:
+        more["shape inference of the optimizer stopped at"] = "; ".join(map(write, watch.stopped))
+    if more:
+        reason.check = reason.check or Check(gave.test or gave.source, {})
+        reason.check.operands |= more
+    found = {one.operator for one in reason.attempt.found} if reason.attempt else set()
+    if watch.stopped and found & {"Cast", "Reshape"} and _only(near[id(reason.attempt)]):
+        reason.cause = "shape_inference"  # which removes those that do nothing
+    if reason.check and "num_heads" in reason.check.source:
+        reason.message = "give the number of heads and the hidden size, if you have not"
+    rest = [one for one in call.attempts if one.broke and one not in ranked]
+    reason.attempts = [*ranked, *sorted(rest, key=lambda one: -len(one.matched))]
+    return reason
+
+
+def _only(near: nearest.Nearest | None) -> bool:
+    """Whether a path needs one change alone."""
+    return near is not None and near.cost < 2
+
+
+_SHAPES = {"get_edge_shape", "compare_shape", "infer_runtime_shape", "get_shape", "get_add_qk_str"}
+_CONSTANTS = {
+    *("get_constant_value", "get_constant_input", "get_initializer", "find_constant_input"),
+    *("has_constant_input", "is_constant_with_specified_dimension", "check_node_input_value"),
+    *("check_node_attribute", "to_array", "get_node_attribute"),
+}
+_CONSUMERS = {"get_children", "is_safe_to_fuse_nodes", "find_graph_output"}
+
+
+def _check_cause(gave: slicing.GaveUp, made: dict[str, onnx.NodeProto]) -> str:
+    """The class of a check that said no, by what it asked for and about what."""
+    tensors = [one for one in gave.values if isinstance(one, str)]
+    lists = [one for one in gave.values if isinstance(one, list)]
+    if gave.calls & _SHAPES or "shape_infer" in gave.test:
+        known = [one for one in lists if one and not isinstance(one[0], onnx.NodeProto)]
+        return "symbolic_dimension" if len(known) > 1 else "shape_inference"
+    if gave.calls & _CONSTANTS:
+        return "constant"
+    if gave.calls & _CONSUMERS or any(name.startswith("children") for name in gave.operands):
+        return "used_elsewhere"
+    if len(set(tensors)) > 1:
+        return "extra_node" if nearest.related(tensors, made) else "unsupported_form"
+    if "op_type" in gave.test:
+        return "other_operator"
+    return "other_check"
+
+
+def _raised(watch: Watch, error: Exception) -> Reason:
+    """The reason that is an exception of the optimizer's own code."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [pair for pair in frames if PurePath(pair[0].f_code.co_filename).name != "fusion_base.py"]
+    call = watch.calls[-1] if watch.calls and watch.calls[-1].raised else None
+    frame, line = own[-1] if own else frames[-1]
+    step = slicing.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
+    write = words.writer(call.made if call else {}, watch.node)
+    reason = Reason(
+        type(call.fusion).__name__ if call else None,
+        "raised",
+        "raised",
+        file=slicing.file_of(frame.f_code),
+        line=line,
+        anchor=call.anchor if call else None,
+        message=files.raised(error),
+    )
+    reason.source, operands = slicing.statement(step, write)
+    if watch.unfinished is not None:
+        operands |= _dangling(watch)
+    reason.check = Check(reason.source, operands)
+    return reason
+
+
+def _dangling(watch: Watch) -> dict[str, str]:
+    """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
+    proto = watch.unfinished.model.graph
+    made = {name for node in proto.node for name in node.output}
+    made |= {one.name for one in (*proto.input, *proto.initializer)} | {""}
+    found = {}
+    for node in proto.node:
+        for name in node.input:
+            if name not in made and len(found) < 8:
+                found[f"{name}, no longer computed, is read by"] = watch.node(node).name
+    return found
+
+
+# ── Where it is in the file ─────────────────────────────────────────────────────────────────────
+
+
+def _locate(reason: Reason, model: ir.Model) -> None:
+    """Add where the node that is there came from in PyTorch, and its shape."""
+    attempt = reason.attempt
+    named = [*(attempt.found if attempt else ()), attempt.at if attempt else reason.anchor]
+    for one in filter(None, named):
+        with contextlib.suppress(KeyError):
+            node = graph.find(model, one.name)
+            reason.origin = reason.origin or graph.origin(node)
+            value = node.outputs[0]
+            if reason.shape is None and value.shape is not None:
+                reason.shape = str(value.shape)
+    if reason.earlier:
+        _locate(reason.earlier, model)

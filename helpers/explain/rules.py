@@ -1,0 +1,387 @@
+"""Why a rewrite rule of ``onnxscript.rewriter`` did not fuse: apply it, and say what it missed.
+
+The rules are those that ``optimize_for_ort`` applies for attention, or a reader's own, unchanged;
+`rule_watch` records how far each came, and `conditions` reads why its code gave up.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import tempfile
+import traceback
+from collections import deque
+from pathlib import Path, PurePath
+from types import CodeType
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnxscript import rewriter
+from onnxscript.rewriter import _pattern_ir, ort_fusions, pattern
+
+from helpers import feeds, files, graph
+from helpers.explain import calls, chosen, slicing, wrong_sites
+from helpers.explain.reasons import Attempt, Check, Explanation, Reason, Verdict
+from helpers.explain.rule_watch import CONTEXT, Failure, Try, Watch, is_one
+from helpers.explain.words import Names
+from helpers.quiet import quiet
+
+# The modules of ort_fusions whose rules make an attention operator, or a step towards it.
+_ATTENTION = {
+    f"{ort_fusions.__name__}.{name}"
+    for name in (
+        *("attention", "gqa", "gqa_packed_qkv", "mha", "mha_bias", "mha_scale"),
+        *("sdpa", "sdpa_via_mha"),
+    )
+}
+_TEMPORARY = "ai.onnxruntime._fusion"  # the domain of operators that a later rule must replace
+
+
+class _Reasons:
+    """Why tries of rules came to nothing."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def conclude(self, tried: Try, failure: Failure | None) -> tuple[Reason, Attempt | None]:
+        """The reason, and the path that the pattern went if an operator was not there."""
+        if tried.match is not None:
+            return self._refused(tried), None
+        if failure and failure.missing:
+            return self._missing(tried, failure)
+        return self._unlike(tried, failure), None
+
+    def _missing(self, tried: Try, failure: Failure) -> tuple[Reason, Attempt]:
+        """An operator of the pattern was not there."""
+        names, step, found = self._names, failure.step, failure.step.node
+        operators = dict.fromkeys(str(one.op) for one in failure.missing)
+        path = [one.there for one in failure.path]
+        attempt = Attempt(
+            names.node(tried.root),
+            [*(node.op_type for node in path[1:]), "|".join(operators)],
+            [*(one.index for one in failure.path[1:]), step.index],
+            tried.rule.name,
+            [names.node(node) for node in path[1:]],
+            [names.node(found)] if found is not None else [],
+        )
+        further = _way(found, failure.missing) if found is not None and path else None
+        reason = self._reason(tried, "path", _cause(failure, further), found, failure)
+        reason.attempt = attempt
+        if further:
+            way = [*zip(attempt.expected, attempt.inputs, strict=True)][:-1]
+            way += [(found.op_type, step.index), *further]
+            reason.actual = [operator for operator, _ in way], [index for _, index in way]
+        return reason, attempt
+
+    def _unlike(self, tried: Try, failure: Failure | None) -> Reason:
+        """The operators are there, but an attribute, a constant or an operand is another."""
+        if failure is None:  # a matcher of another class, of which nothing is known
+            reason = self._reason(tried, "check", "other_check", tried.root, None)
+            reason.check = self._check("the pattern", {"node": tried.root})
+            return reason
+        step = failure.step
+        constant = isinstance(step.pattern, _pattern_ir.Constant)
+        reason = self._reason(
+            tried, "check", "constant" if constant else "other_check", step.node, failure
+        )
+        operands: dict[str, Any] = {}
+        if isinstance(step.there, ir.Node) and isinstance(step.pattern, _pattern_ir.NodePattern):
+            operands["node"] = step.there
+            for key, wanted in step.pattern.attributes.items():
+                given = step.there.attributes.get(key)
+                if not (wanted.can_match_none if given is None else wanted.matches(given)):
+                    operands[key] = given
+        else:
+            operands["value"] = step.there
+        bound = [one for one in failure.sources if isinstance(one, ir.Value)]
+        operands |= {f"bound to {i}": one for i, one in enumerate(bound) if one is not step.there}
+        if failure.path:
+            operands["read by"] = failure.path[-1].there
+        reason.check = self._check(reason.source or failure.message, operands)
+        return reason
+
+    def _refused(self, tried: Try) -> Reason:
+        """All of the pattern is there, and what else the rule asks for is not."""
+        match, call = tried.match, tried.call
+        blamed = list(match.failure_nodes_and_values)
+        reason = self._reason(tried, "check", "other_check", blamed[0] if blamed else None, None)
+        reason.message = match.reason or None
+        if call is None:
+            reason.cause = "used_elsewhere"
+            uses = _uses(tried).items()
+            test, operands = match.reason, {key: self._names.show(one) for key, one in uses}
+        else:
+            gave = slicing.gave_up(call, self._names.operand)
+            reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
+            reason.file = slicing.file_of(call.code)
+            reason.cause = _cause_of_check(gave.values)
+            test, operands = gave.test or gave.source, gave.operands
+        told = {f"blamed {i}": self._names.show(one) for i, one in enumerate(blamed)}
+        told = {key: one for key, one in told.items() if one not in operands.values()}
+        reason.check = Check(test, {**operands, **told})
+        return reason
+
+    def _check(self, source: str, operands: dict[str, Any]) -> Check:
+        return Check(source, {key: self._names.show(one) for key, one in operands.items()})
+
+    def _reason(
+        self,
+        tried: Try,
+        kind: str,
+        cause: str,
+        there: ir.Node | ir.Value | None,
+        failure: Failure | None,
+    ) -> Reason:
+        """A reason with the place in the pattern where it failed, and in PyTorch what is there."""
+        node = there.producer() if isinstance(there, ir.Value) else there
+        reason = Reason(_fusion(tried.rule), kind, cause, anchor=self._names.node(tried.root))
+        written = _written(tried.rule)
+        wanted = failure.step.wanted if failure else []
+        if failure and not wanted and failure.path:
+            wanted = failure.path[-1].wanted
+        if written is not None:
+            reason.file = slicing.file_of(written)
+            reason.line, reason.source = _line(written, wanted[0] if wanted else None)
+        if node is not None:
+            reason.origin = graph.origin(node)
+            reason.shape = str(node.outputs[0].shape) if node.outputs[0].shape else None
+        if failure:
+            reason.message = failure.message or None
+        return reason
+
+
+# ── What a rule's source tells ──────────────────────────────────────────────────────────────────
+
+
+def _instance(rule: pattern.RewriteRule) -> pattern.RewriteRuleClassBase | None:
+    owner = getattr(rule._condition_function, "__self__", None)
+    return owner if isinstance(owner, pattern.RewriteRuleClassBase) else None
+
+
+def _fusion(rule: pattern.RewriteRule) -> str:
+    owner = _instance(rule)
+    return type(owner).__name__ if owner else str(rule)
+
+
+def _written(rule: pattern.RewriteRule) -> CodeType | None:
+    """The code of the rule's pattern; of a rule without a class, that of its rewrite."""
+    owner = _instance(rule)
+    function = owner.pattern if owner else rule._replacement_pattern._function
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, str]:
+    """Where a pattern builds the node `wanted`: the call that has most in common with it."""
+    best, line = -1, code.co_firstlineno
+    for call in ast.walk(calls.syntax(code)):
+        if wanted is None or not isinstance(call, ast.Call):
+            continue
+        if isinstance(call.func, ast.Attribute) and call.func.attr == str(wanted.op):
+            written = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            alike = sum(
+                repr(one._value) == written.get(key)
+                for key, one in wanted.attributes.items()
+                if isinstance(one, _pattern_ir.AttrConstantPattern)
+            )
+            alike += sum(
+                one is not None and one.name is not None and one.name == ast.unparse(given)
+                for one, given in zip(wanted.inputs, call.args, strict=False)
+            )
+            if alike > best:
+                best, line = alike, call.lineno
+    return line, linecache.getline(code.co_filename, line).strip()
+
+
+# ── Causes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _way(
+    found: ir.Node, wanted: list[_pattern_ir.NodePattern], far: int = 3
+) -> list[tuple[str, int]] | None:
+    """The way up from `found` to the nearest node that is wanted: operators and inputs."""
+    queue: deque[tuple[ir.Node, list]] = deque([(found, [])])
+    while queue:
+        node, way = queue.popleft()
+        if way and is_one(node, wanted):
+            return way
+        if len(way) < far:
+            above = ((i, value.producer()) for i, value in enumerate(node.inputs) if value)
+            queue += [(one, [*way, (one.op_type, i)]) for i, one in above if one is not None]
+    return None
+
+
+def _cause(failure: Failure, further: list | None) -> str:
+    """The cause class of an operator that was not there; `further`: it is up this way."""
+    if failure.swapped:
+        return "operand_order"
+    if all(str(one.domain) == _TEMPORARY for one in failure.missing):
+        return "missing_anchor"
+    if further:
+        return "extra_node"
+    found = failure.step.node
+    above = [one.producer() for node in failure.missing for one in node.inputs if one is not None]
+    if found is None or is_one(found, [one for one in above if one is not None]):
+        return "missing_node"
+    return "other_operator"
+
+
+def _cause_of_check(values: list[Any]) -> str:
+    items = [one for value in values for one in (value.values() if _is_map(value) else [value])]
+    if any(isinstance(one, ir.Value) and one.shape is None for one in items):
+        return "shape_inference"
+    if any(isinstance(one, ir.SymbolicDim) for one in items):
+        return "symbolic_dimension"
+    return "other_check"
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _uses(tried: Try) -> dict[str, Any]:
+    """The tensors that would be gone, and who else reads them."""
+    found: dict[str, Any] = {}
+    for value in (value for node in tried.nodes for value in node.outputs):
+        readers = [node for node in value.consumers() if node not in tried.nodes]
+        if value not in tried.outputs and (readers or value.is_graph_output()):
+            count = len(found) // 2
+            found[f"tensor {count}"] = value
+            found[f"used by {count}"] = [
+                *readers,
+                *["the graph's outputs"][: value.is_graph_output()],
+            ]
+    return found
+
+
+def _is_attention(rule: pattern.RewriteRule) -> bool:
+    return type(_instance(rule)).__module__ in _ATTENTION
+
+
+def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
+    if isinstance(rules, pattern.RewriteRuleSet):
+        return rules
+    given = list(rules) if isinstance(rules, list | tuple) else [rules]
+    made: list[pattern.RewriteRule] = []
+    for one in given:
+        if isinstance(one, str):
+            one = chosen.loaded(one)
+        if isinstance(one, pattern.RewriteRuleSet):
+            made += one.rules
+        elif isinstance(one, type) and issubclass(one, pattern.RewriteRuleClassBase):
+            made.append(one.rule())
+        elif isinstance(one, pattern.RewriteRule):
+            made.append(one)
+        else:
+            raise files.BadInput(
+                f"{one}: expected a rewrite rule, a set of them, or a subclass of onnxscript's"
+                " RewriteRuleClassBase; name another"
+            )
+    return pattern.RewriteRuleSet(made)
+
+
+def explain(
+    path: str | Path,
+    rules: Any = "onnxscript",
+    *,
+    parity: bool = False,
+    inputs: str | Path | None = None,
+) -> Explanation:
+    """Apply rewrite rules to the model at `path`, and say why its attention sites were not fused.
+
+    `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``,
+    "FILE.py:NAME" of one, or a list of them, applied as ``onnxscript.rewriter.rewrite`` does.
+    "onnxscript": those for attention that ``optimize_for_ort`` applies, in its course. A site is
+    fused if an operator of `graph.FUSED` takes its place. What the rules' code raises is a reason.
+    With `parity`, what they make is compared with the file, on `inputs` (an .npz) or inferred ones,
+    and sites that fused and compute something else are marked `wrong`. Raises `files.BadInput` on
+    other `rules`, and on inputs that do not fit or cannot be inferred.
+    """
+    cases = feeds.read(inputs, path) if parity else None
+    rule_set = None if rules == "onnxscript" else _rule_set(rules)
+    proto = onnx.load(path, load_external_data=False)
+    names = graph.names_in(proto)
+    del proto  # it may hold the weights
+    model = graph.load(path)
+    sites = graph.sites(model)
+    made: set[ir.Node | ir.Value] = set()
+    reasons = _Reasons(Names(*names, made))
+    watched = _is_attention if rule_set is None else rule_set.rules.__contains__
+    watch = Watch(sites, watched, reasons.conclude, made)
+    failed: Reason | None = None
+    with quiet(), watch:
+        try:
+            if rule_set is None:
+                ort_fusions.optimize_for_ort(model)
+            else:
+                rewriter.rewrite(model, rule_set)
+        except Exception as raised:  # any: the code is not ours, and that it raised is the answer
+            failed = _raised(watch, raised)
+    left = set(graph.nodes(model))
+    fused = {
+        i
+        for node in left
+        if (node.domain, node.op_type) in graph.FUSED
+        for i, role in watch.roles.get(node, {}).items()
+        if role == CONTEXT
+    }
+    verdicts, found = [], {}
+    for i, site in enumerate(sites):
+        verdict = Verdict(site.name, site.layer, i in fused if failed is None else site.fused)
+        verdicts.append(verdict)
+        if verdict.fused:
+            continue
+        reason = failed or _best(watch, i, left)
+        number, reason = found.setdefault(_key(reason), (len(found), reason))
+        reason.sites.append(i)
+        verdict.reason = number
+    optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
+    answer = Explanation(optimizer, verdicts, [reason for _, reason in found.values()])
+    if cases and failed is None:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            ir.save(model, Path(folder) / "made.onnx", external_data="made.data")
+            wrong_sites.judge(answer, path, Path(folder) / "made.onnx", *cases)
+    return answer
+
+
+def _raised(watch: Watch, error: Exception) -> Reason:
+    """The reason that is an exception of a rule's or the library's own code."""
+    while error.__cause__ is not None:  # passes wrap what they raise
+        error = error.__cause__
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    name = _fusion(watch.raised) if watch.raised else None
+    reason = Reason(name, "raised", "raised", source=last.line)
+    reason.file, reason.line = PurePath(last.filename).name, last.lineno
+    reason.message = files.raised(error)
+    return reason
+
+
+def _best(watch: Watch, site: int, left: set[ir.Node]) -> Reason:
+    """Why the rule that got furthest on the site did not fuse it."""
+    tries = sorted(watch.tries[site], key=lambda one: one[0], reverse=True)
+    if tries and (tries[0][0][2] >= 1 or site not in watch.fired):  # a node matched
+        reason = tries[0][1][0]
+        others: dict[str, Attempt] = {}  # the best of each rule that matched a node
+        for rank, (_, attempt) in tries[1:]:
+            if attempt and rank[2] >= 1:
+                others.setdefault(attempt.variable, attempt)
+        reason.attempts = [*others.values()][:10]
+        return reason
+    fired = watch.fired.get(site)
+    if fired:
+        message = "it fired, and no rule made an attention operator of what it put there"
+    elif any(site in roles for node, roles in watch.roles.items() if node in left):
+        message = "no rule came to a node of it"
+    else:
+        message = "the passes before took it out of the graph"
+    name = _fusion(fired) if fired else None
+    return Reason(name, "check", "unsupported_form", message=message, check=Check(message, {}))
+
+
+def _key(reason: Reason) -> tuple:
+    attempt = reason.attempt
+    path = (*attempt.expected, *attempt.inputs) if attempt else ()
+    found = tuple(one.operator for one in attempt.found) if attempt else ()
+    source = reason.check.source if reason.check else None
+    return reason.fusion, reason.kind, reason.file, reason.line, source, path, found

@@ -1,0 +1,380 @@
+"""Read the source of a fusion: which test made it return, and what that test was about.
+
+A slice through the code, from the `return` backwards: the `if` around it, those of its conditions
+that decided, the variables in them, what these were assigned from. Where that leads to a path that
+did not match, the path is the reason; else the condition is, with the values of its operands.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from helpers.explain.calls import (
+    Step,
+    assigned_from,
+    assigned_to,
+    file_of,
+    function_of,
+    functions_called,
+    variables_in,
+)
+from helpers.explain.reasons import Attempt
+
+DEPTH = 3  # assignments that are followed back from a condition
+OPERANDS = 16  # that are told of one
+
+
+@dataclass
+class GaveUp:
+    """Where a function gave up: at `line`, by a `return` or at its `end`.
+
+    `broken` are the paths that did not match and that this was about, `none` the variables that
+    they left None. Without such, `test` is the condition and `operands` the values in it. `within`
+    are the functions called, "FILE:LINE SOURCE", that gave up first; `calls` the names of functions
+    that the slice leads to.
+    """
+
+    line: int
+    source: str
+    end: bool
+    test: str = ""
+    broken: list[Attempt] = field(default_factory=list)
+    none: list[str] = field(default_factory=list)
+    operands: dict[str, str] = field(default_factory=dict)
+    within: list[str] = field(default_factory=list)
+    calls: set[str] = field(default_factory=set)
+    values: list[Any] = field(default_factory=list)  # of the condition's operands themselves
+
+
+def _missing(value: Any) -> bool:
+    """Whether a value says that nothing was found, or not all of it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple):
+        return any(_missing(one) for one in value)
+    if isinstance(value, list):
+        return not value or any(one is None for one in value)
+    return value is None or value is False or (isinstance(value, (int, str)) and value in (-1, ""))
+
+
+def _progress(step: Step) -> int:
+    """How many nodes the paths that a function asked for have found."""
+    return sum(len(attempt.matched) for _, attempt in step.attempts)
+
+
+class _Reader:
+    """Reads one `step`: `write` renders a value."""
+
+    def __init__(self, step: Step, write: Callable[[Any], str | None]) -> None:
+        self.step, self.write = step, write
+        self.function = function_of(step.code)
+
+    def value(self, node: ast.expr) -> Any:
+        """The value of an expression without calls; raises ValueError of any other."""
+        plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, ast.USub)
+        plain = (*plain, ast.Load, ast.Slice, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop)
+        plain = (*plain, ast.Not, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.Set, ast.Dict)
+        for one in ast.walk(node):
+            is_len = isinstance(one, ast.Call) and getattr(one.func, "id", "") in ("len", "hasattr")
+            if not is_len and not isinstance(one, plain):
+                raise ValueError(ast.dump(one))
+        names = {**self.step.names, **self.step.local}
+        try:
+            return eval(compile(ast.Expression(node), "<operand>", "eval"), names)
+        except Exception as error:  # an operand that was not reached when the test said no
+            raise ValueError(str(error)) from None
+
+    def get(self, name: str) -> Any:
+        """The value of a variable as `names` gives it; of one that has none, something."""
+        if name.startswith("self."):
+            return getattr(self.step.local.get("self"), name[5:], "something")
+        return self.step.local.get(name, "something")
+
+    def decided(self, test: ast.expr, outcome: bool) -> list[ast.expr]:
+        """Those conditions of `test` that made it come out as it did."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return self.decided(test.operand, not outcome)
+        if not isinstance(test, ast.BoolOp):
+            return [test]
+        one_is_enough = isinstance(test.op, ast.Or) is outcome
+        parts = test.values
+        if one_is_enough:
+            known = [part for part in parts if self._is(part, outcome)]
+            unknown = [part for part in parts if self._is(part, None)]
+            parts = known[:1] or unknown
+        return [leaf for part in parts for leaf in self.decided(part, outcome)]
+
+    def _is(self, part: ast.expr, outcome: bool | None) -> bool:
+        try:
+            return outcome is not None and bool(self.value(part)) is outcome
+        except ValueError:
+            return outcome is None
+
+    def tests(self) -> tuple[ast.stmt | None, list[ast.expr], bool]:
+        """The statement that ended the function, the conditions, and whether it was its end."""
+        if self.function is None:
+            return None, [], False
+        statement = self.function.at(self.step.line)
+        end = not isinstance(statement, (ast.Return, ast.Raise))
+        leaves: list[ast.expr] = []
+        if not end:
+            for around, true in self.function.around(statement):
+                leaves += self.decided(around.test, true)
+                outer = self.function.parent[around]
+                if true and not (isinstance(outer, ast.If) and around in outer.orelse):
+                    break
+                if not true and not isinstance(around.orelse[0], ast.If):
+                    continue  # the `else`, or an `elif`, of this one
+                if not (isinstance(outer, ast.If) and outer.orelse == [around]):
+                    break
+            if not leaves and self._returned(statement):
+                return statement, [], end
+            if not leaves:  # at the function's top, or a loop's `else`: what came before decided
+                statement = self._before(statement)
+        if isinstance(statement, ast.If) and (end or not leaves):
+            leaves = self._last(statement)
+        elif isinstance(statement, (ast.For, ast.While)) and (end or not leaves):
+            ifs = [one for one in ast.walk(statement) if isinstance(one, ast.If)]
+            leaves = [one.test for one in ifs] or assigned_from(statement)
+        elif end and self._calls(statement):  # what it called in turn
+            leaves = [one.value for one in self.function.statements if self._calls(one)]
+        elif end:
+            leaves = [one.test for one, _ in self.function.around(statement)]
+        return statement, leaves, end
+
+    def _calls(self, statement: ast.stmt | None) -> bool:
+        """Whether a statement only calls a function that was recorded."""
+        lines = range(statement.lineno, statement.end_lineno + 1) if statement else ()
+        called = any(one.called_at in lines for one in self.step.inner)
+        return called and isinstance(statement, ast.Expr)
+
+    def _last(self, statement: ast.If) -> list[ast.expr]:
+        leaves = []
+        while True:
+            leaves += self.decided(statement.test, False)
+            if len(statement.orelse) != 1 or not isinstance(statement.orelse[0], ast.If):
+                return leaves
+            statement = statement.orelse[0]
+
+    def _before(self, statement: ast.stmt) -> ast.stmt:
+        outer = self.function.parent[statement]
+        if isinstance(outer, (ast.For, ast.While)) and statement in outer.orelse:
+            return outer
+        body = next(
+            block
+            for _, block in ast.iter_fields(outer)
+            if isinstance(block, list) and statement in block
+        )
+        earlier = [
+            one
+            for one in body[: body.index(statement)]
+            if isinstance(one, (ast.If, ast.For, ast.While))
+        ]
+        return earlier[-1] if earlier else statement
+
+    # ── The slice ───────────────────────────────────────────────────────────────────────────────
+
+    def gave_up(self) -> GaveUp:
+        step = self.step
+        statement, leaves, end = self.tests()
+        source = linecache.getline(step.code.co_filename, step.line).strip()
+        tests = dict.fromkeys(map(ast.unparse, leaves))
+        answer = GaveUp(step.line, source, end, test="; ".join(tests))
+        if self.function is None:
+            self._last_group(answer)
+            return answer
+        only_called = end and self._calls(statement)
+        returned = self._returned(self.function.at(step.line))
+        level = [(one, True) for one in (*returned, *leaves)]
+        seen: set[str] = set()
+        for _ in range(DEPTH + 1):
+            for expression, is_empty in level:
+                answer.calls |= functions_called(expression)
+                self._operands(expression, answer, is_empty)
+            empty = [one for one, is_empty in level if is_empty]
+            names = [name for one in empty for name in variables_in(one) if name not in seen]
+            names = list(dict.fromkeys(names))
+            asked = self._asked(empty)
+            if self._paths(names, answer, asked) or self._inner(names, empty, answer, only_called):
+                break
+            names = [name for one, _ in level for name in variables_in(one) if name not in seen]
+            seen.update(names)
+            level = [
+                (expression, _missing(self.get(name)))
+                for name in dict.fromkeys(names)
+                for expression in self._sources(name)
+            ]
+        if not answer.broken and not answer.operands:
+            self._last_group(answer)
+        asked = [id(attempt) for _, attempt in step.attempts]
+        if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
+            answer.broken.sort(key=lambda one: asked.index(id(one)))
+            variables = [one.variable for one in answer.broken]
+            answer.none.sort(key=lambda name: variables.index(name) if name in variables else -1)
+        return answer
+
+    def _returned(self, statement: ast.stmt | None) -> list[ast.expr]:
+        """What a `return` gives, if that was made elsewhere."""
+        value = statement.value if isinstance(statement, ast.Return) else None
+        made = (ast.Call, ast.Name, ast.Tuple, ast.Compare, ast.BoolOp)
+        return [value] if isinstance(value, made) else []
+
+    def _sources(self, name: str) -> list[ast.expr]:
+        """What the variable `name` was made from; where it stayed empty, what that depended on."""
+        value, statements = self.get(name), self.function.assigned(name, self.step.line)
+        sources = assigned_from(statements[0]) if statements else []
+        condition = sources[0] if sources else None
+        if isinstance(value, bool) and isinstance(
+            condition, (ast.BoolOp, ast.Compare, ast.UnaryOp)
+        ):
+            return self.decided(condition, value)
+        found = [one for statement in statements for one in assigned_from(statement)]
+        if _missing(value):
+            ifs = [one for s in statements for one, _ in self.function.around(s)]
+            found += [one.test for one in ifs]
+        return found
+
+    def _broken(self, name: str) -> list[Attempt]:
+        """The attempts for the variable `name` since it last was found, if it was not then."""
+        if not _missing(self.get(name)):
+            return []
+        found: list[Attempt] = []
+        for line, attempt in self.step.attempts:
+            if self.variable(line) == name:
+                attempt.variable = name
+                found = [*found, attempt] if attempt.broke else []
+        return found
+
+    def variable(self, line: int) -> str | None:
+        """The variable that the statement at `line` assigns a match to."""
+        if self.function is None:
+            return None
+        statement = self.function.at(line)
+        for one in ast.walk(statement):
+            if isinstance(one, ast.NamedExpr) and one.lineno <= line <= one.end_lineno:
+                return one.target.id
+        targets = [] if isinstance(statement, (ast.For, ast.While)) else assigned_to(statement)
+        target = targets[0] if targets else None
+        if isinstance(target, ast.Tuple) and len(target.elts) == 3:
+            target = target.elts[1]  # match_parent_paths returns which, the nodes, the inputs
+        while isinstance(target, ast.Subscript):
+            target = target.value
+        names = variables_in(target) if isinstance(target, (ast.Name, ast.Attribute)) else []
+        return names[0] if names else None
+
+    def _asked(self, expressions: list[ast.expr]) -> list[Attempt]:
+        """The attempts that `expressions` themselves made, and that broke."""
+        spans = [range(one.lineno, one.end_lineno + 1) for one in expressions]
+        asked = [one for line, one in self.step.attempts if any(line in span for span in spans)]
+        return [one for one in asked if one.broke]
+
+    def _paths(self, names: list[str], answer: GaveUp, asked: list[Attempt]) -> bool:
+        """Add the attempts that left `names` empty, and those for what these would be made from;
+        or else those that were `asked` where nothing was kept."""
+        seen: set[str] = set()
+        while names:
+            for name in names:
+                broken = self._broken(name)
+                answer.broken += broken
+                answer.none += [name] if broken and self.get(name) is None else []
+            seen.update(names)
+            if not answer.broken:
+                break
+            below = [
+                one
+                for name in names
+                if _missing(self.get(name))
+                for expression in self._sources(name)
+                for one in variables_in(expression)
+            ]
+            names = list(dict.fromkeys(one for one in below if one not in seen))
+        answer.broken = answer.broken or asked
+        return bool(answer.broken)
+
+    def _inner(
+        self, names: list[str], level: list[ast.expr], answer: GaveUp, only_called: bool
+    ) -> bool:
+        """Go on in a function that was called for one of `names`, or in a condition."""
+        lines = [range(one.lineno, one.end_lineno + 1) for one in level]
+        for name in names:
+            if _missing(self.get(name)):
+                lines += [
+                    range(one.lineno, one.end_lineno + 1)
+                    for one in self.function.assigned(name, self.step.line)
+                    if not isinstance(one, ast.For)
+                ]
+        called = [one for one in self.step.inner if any(one.called_at in span for span in lines)]
+        if not called:
+            return False
+        step = max(reversed(called), key=_progress)
+        inner = _Reader(step, self.write).gave_up()
+        file = file_of(step.code)
+        if only_called:  # `fuse` but passed it on
+            answer.line, answer.source, answer.end = inner.line, inner.source, inner.end
+            answer.within += inner.within
+        else:
+            answer.within += [f"{file}:{inner.line} {inner.source}", *inner.within]
+        answer.broken, answer.none = inner.broken, answer.none + inner.none
+        answer.operands |= inner.operands
+        answer.values += inner.values
+        answer.calls |= inner.calls
+        answer.test = f"{answer.test}; {inner.test}" if inner.test else answer.test
+        return True
+
+    def _last_group(self, answer: GaveUp) -> None:
+        """Without source: the attempts that failed last, all from one node."""
+        for _, attempt in reversed(self.step.attempts):
+            if not attempt.broke:
+                break
+            if answer.broken and attempt.start != answer.broken[0].start:
+                break
+            answer.broken.insert(0, attempt)
+
+    def _operands(self, expression: ast.expr, answer: GaveUp, decided: bool) -> None:
+        """Add the values of the parts of `expression` that name something in the graph."""
+
+        def visit(node: ast.AST) -> None:
+            if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)):
+                try:
+                    value = self.value(node)
+                except ValueError:
+                    value = self
+                text = self.write(value) if value is not self else None
+                if text is not None:
+                    if len(answer.operands) < OPERANDS:
+                        answer.operands.setdefault(ast.unparse(node), text)
+                    if decided:
+                        answer.values.append(value)
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+        visit(expression)
+
+
+def gave_up(step: Step, write: Callable[[Any], str | None]) -> GaveUp:
+    """Why the function of `step` returned without a result."""
+    reader = _Reader(step, write)
+    answer = reader.gave_up()
+    steps = [step]
+    while steps:  # the variables of all attempts, for who reads them
+        one = steps.pop()
+        inner = _Reader(one, write)
+        for line, attempt in one.attempts:
+            attempt.variable = attempt.variable or inner.variable(line)
+        steps += one.inner
+    return answer
+
+
+def statement(step: Step, write: Callable[[Any], str | None]) -> tuple[str, dict[str, str]]:
+    """The line at which `step` stands, and the values of what it reads."""
+    text = linecache.getline(step.code.co_filename, step.line).strip()
+    reader, answer = _Reader(step, write), GaveUp(step.line, text, False)
+    if reader.function is not None:
+        for part in ast.iter_child_nodes(reader.function.at(step.line)):
+            if isinstance(part, ast.expr):
+                reader._operands(part, answer, True)
+    return text, answer.operands

@@ -1,0 +1,265 @@
+"""Which fused sites compute something else than before: each by itself, on the values around it.
+
+The optimised graph shares most of its tensors with the graph that it came from, by name. Around a
+fused operator they cut out a piece, from the tensors that both have above it to one that both have
+below. The piece is run on the values that the original graph has there, so that a wrong site does
+not spoil the verdict on those after it, and must give what the original has below.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from helpers import files, graph, parity
+from helpers.explain.reasons import Explanation, Verdict
+from helpers.feeds import Feed
+from helpers.graph import external
+
+
+@dataclass
+class Piece:
+    """Nodes of the optimised graph around a fused operator, between tensors of both graphs."""
+
+    nodes: list[onnx.NodeProto]
+    inputs: list[str]
+    outputs: list[str]
+    stands_for: set[ir.Node]  # in the original graph
+    sites: list[int | str]
+
+
+def judge(
+    answer: Explanation, path: str | Path, fused: str | Path, cases: list[Feed], description: str
+) -> None:
+    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong."""
+    answer.parity, found = find(path, fused, cases, description)
+    answer.parity.name = "the optimised graph"
+    for site in found:
+        if isinstance(site, str):  # it fused what is no attention
+            answer.sites.append(Verdict(site, None, True, wrong=True))
+        else:
+            answer.sites[site].wrong = answer.sites[site].fused
+
+
+def find(
+    path: str | Path, fused: str | Path, cases: list[Feed], description: str
+) -> tuple[parity.Candidate, set[int | str]]:
+    """Compare the model `fused` with that at `path`, and say which of its sites are wrong.
+
+    Returns the comparison of all, and numbers in ``graph.sites`` of the model at `path`, or the
+    name of a tensor where an operator stands for what was no site there. None where parity holds;
+    every fused one where the fault is in none alone. Of a model that does not load, those are wrong
+    that have taken away what is read elsewhere.
+    """
+    path, fused = Path(path).absolute(), Path(fused).absolute()
+    whole = parity.compare(path, [_candidate(path, fused)], cases, description).candidates[0]
+    if whole.held:
+        return whole, set()
+    proto = onnx.load(fused)
+    model = graph.load(path, weights=False)
+    found = pieces(model, proto)
+    every = {site for piece in found for site in piece.sites}
+    gone = _gone(model, proto)
+    if gone or not found:
+        return whole, _about(model, found, gone) or every
+    tensors = list(dict.fromkeys(name for piece in found for name in piece.outputs))
+    boundary = list(dict.fromkeys(name for piece in found for name in piece.inputs))
+    around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
+    runs = [_runner(piece, proto, around, tensors) for piece in found]
+
+    def original(arrays: parity.Outputs) -> parity.Outputs:
+        values = around(arrays)
+        return {name: values[name] for name in tensors}
+
+    try:
+        judged = parity.compare(original, runs, cases, description).candidates
+    except files.BadInput:  # no numbers to compare there
+        return whole, every
+    wrong = {
+        site
+        for piece, one in zip(found, judged, strict=True)
+        if not one.held
+        for site in piece.sites
+    }
+    return whole, wrong or every
+
+
+def _candidate(path: Path, fused: Path) -> parity.Model:
+    """The model `fused`, given those inputs of the one at `path` that it still has."""
+    before, after = (
+        {one.name for one in onnx.load(file, load_external_data=False).graph.input}
+        for file in (path, fused)
+    )
+    if not after < before:
+        return fused
+    session: list[ort.InferenceSession] = []
+
+    def run(arrays: parity.Outputs) -> parity.Outputs:
+        if not session:
+            session.append(files.session(fused))
+        names = [one.name for one in session[0].get_outputs()]
+        given = {name: one for name, one in arrays.items() if name in after}
+        return dict(zip(names, session[0].run(None, given), strict=True))
+
+    return run
+
+
+def pieces(model: ir.Model, proto: onnx.ModelProto) -> list[Piece]:
+    """The pieces around the operators of `proto`, the optimised `model`, that it has put there."""
+    sites = graph.sites(model)
+    known = {v.name for node in model.graph for v in node.outputs} | {
+        v.name for v in model.graph.inputs
+    }
+    was = {s.node.outputs[0].name for s in sites if s.fused}
+    made = {name: node for node in proto.graph.node for name in node.output if name}
+    read: dict[str, list[onnx.NodeProto]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            read.setdefault(name, []).append(node)
+    constant = {one.name for one in proto.graph.initializer} | {""}
+    found = []
+    for node in proto.graph.node:
+        if (node.domain, node.op_type) not in graph.FUSED or node.output[0] in was:
+            continue
+        outputs = [name for name in node.output if name in known] or _below(node, read, known)
+        if not outputs:
+            continue
+        inside, inputs, queue = {}, {}, deque(made[name] for name in outputs)
+        while queue:
+            one = queue.popleft()
+            if id(one) in inside:
+                continue
+            inside[id(one)] = one
+            for name in one.input:
+                if name in constant:
+                    continue
+                if name in known or name not in made:
+                    inputs[name] = None
+                else:
+                    queue.append(made[name])
+        nodes = [one for one in proto.graph.node if id(one) in inside]
+        was_there = _between(model, outputs, set(inputs))
+        within = [i for i, site in enumerate(sites) if site.context in was_there] or [outputs[0]]
+        found.append(Piece(nodes, list(inputs), outputs, was_there, within))
+    return found
+
+
+def _below(
+    node: onnx.NodeProto, read: dict[str, list[onnx.NodeProto]], known: set[str | None]
+) -> list[str]:
+    """The nearest tensor after `node` that the original graph has too."""
+    queue = deque([node])
+    while queue:
+        for name in queue.popleft().output:
+            if name in known:
+                return [name]
+            queue.extend(read.get(name, []))
+    return []
+
+
+def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node]:
+    """The nodes of the original graph between its tensors `stop` and `outputs`."""
+    queue, seen = deque(graph.find(model, name) for name in outputs), set()
+    while queue:
+        node = queue.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        for value in node.inputs:
+            if value is not None and value.producer() and value.name not in stop:
+                queue.append(value.producer())
+    return seen
+
+
+def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
+    """The nodes of the original graph whose results are read in `proto`, and made no longer."""
+    made = {name for node in proto.graph.node for name in node.output}
+    made |= {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
+    read = [name for node in proto.graph.node for name in node.input]
+    read += [one.name for one in proto.graph.output]
+    makers = {v.name: node for node in model.graph for v in node.outputs}
+    return [makers[name] for name in dict.fromkeys(read) if name not in made and name in makers]
+
+
+def _about(model: ir.Model, pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
+    """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
+    found = {s for p in pieces if not p.stands_for.isdisjoint(gone) for s in p.sites}
+    number = {site.context: i for i, site in enumerate(graph.sites(model)) if site.context}
+    queue, seen = deque(() if found else gone), set()
+    while queue:
+        node = queue.popleft()
+        if node in number:
+            return {number[node]}
+        makers = [v.producer() for v in node.inputs if v is not None and v.producer()]
+        queue.extend(one for one in makers if one not in seen)
+        seen.update(makers)
+    return found
+
+
+def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:
+    """Runs the original for the values of the tensors `names`; its answers are kept."""
+    proto, folder = external.read(path)
+    inputs = {one.name for one in proto.graph.input}
+    asked = [name for name in names if name not in inputs]
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+    session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
+    del proto
+    kept: dict[int, tuple[parity.Outputs, parity.Outputs]] = {}
+
+    def run(arrays: parity.Outputs) -> parity.Outputs:
+        if id(arrays) not in kept:
+            values = dict(zip(asked, session.run(asked, arrays), strict=True))
+            kept[id(arrays)] = arrays, {**arrays, **values}
+        return kept[id(arrays)][1]
+
+    return run
+
+
+def _runner(
+    piece: Piece,
+    proto: onnx.ModelProto,
+    around: Callable[[parity.Outputs], parity.Outputs],
+    tensors: list[str],
+) -> Callable[[parity.Outputs], parity.Outputs]:
+    """A candidate that gives `tensors` as the original does, those of the piece by the piece."""
+    weights = {one.name: one for one in proto.graph.initializer}
+    sessions = []
+
+    def made(values: parity.Outputs) -> onnx.ModelProto:
+        inputs = [
+            onnx.helper.make_tensor_value_info(
+                name,
+                onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype),
+                [None] * values[name].ndim,
+            )
+            for name in piece.inputs
+        ]
+        read = {name for node in piece.nodes for name in node.input}
+        body = onnx.helper.make_graph(
+            piece.nodes,
+            "piece",
+            inputs,
+            [onnx.ValueInfoProto(name=name) for name in piece.outputs],
+            [weights[name] for name in weights if name in read],
+        )
+        return onnx.helper.make_model(
+            body, opset_imports=proto.opset_import, ir_version=proto.ir_version
+        )
+
+    def run(arrays: parity.Outputs) -> parity.Outputs:
+        values = around(arrays)
+        if not sessions:
+            sessions.append(files.session(made(values).SerializeToString()))
+        feed = {name: np.asarray(values[name]) for name in piece.inputs}
+        found = dict(zip(piece.outputs, sessions[0].run(piece.outputs, feed), strict=True))
+        return {name: found.get(name, values[name]) for name in tensors}
+
+    return run

@@ -1,0 +1,1 @@
+"""Which fuser fuses which attention: the table of fused sites."""

@@ -1,0 +1,114 @@
+"""Draw the pictures of the notebooks, in assets/: ``python -m helpers.figures.pictures``.
+
+Each is drawn by Netron from a graph that is made here. They have two layers, which are as those of
+the full models; the fusion is that of notebook 01's cells. It takes a minute, and Chromium.
+"""
+
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+from onnxruntime.transformers import optimizer
+
+from helpers import explain, export, files, graph, models, view
+
+ASSETS = Path(__file__).parents[2] / "assets"
+NOTEBOOK = ASSETS.parent / "notebooks" / "01_wav2vec2.ipynb"
+SIZES = {"num_heads": 12, "hidden_size": 768}
+
+
+def fusion() -> dict[str, Any]:
+    """What the cells of the notebook define that are tagged ``fusion``."""
+    names: dict[str, Any] = {"math": math, "optimizer": optimizer}
+    names["bart"] = optimizer.MODEL_TYPES["bart"][0]
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if "fusion" in cell.metadata.get("tags", []):
+            exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
+    return names
+
+
+Picture = tuple[Path, str | None, dict[str, Any]]  # a file, the node around which, and marks
+
+
+def wav2vec2(work: Path) -> dict[str, Picture]:
+    """The pictures of notebook 01, by file name; their graphs are put into `work`."""
+    model = models.load("wav2vec2", num_hidden_layers=2).model
+    example = {"input_values": torch.from_numpy(models.speech(seconds=1, batch=2))}
+    unfused, fused = work / "unfused.onnx", work / "fused.onnx"
+    exported = export.export(model, example, unfused, "torchscript")
+    [reason] = explain.explain(unfused, "bart", **SIZES).reasons
+    options = fusion()["OPTIONS"]
+    with export.quiet(), files.writing(fused) as draft:
+        made = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
+        made.save_model_to_file(str(draft))
+    site = graph.sites(exported.model)[0]
+    attention = graph.sites(graph.load(fused, weights=False))[0]
+    marks = reason.marks()
+    path = [*marks["along"], marks["break_at"], graph.name(site.context)]
+    return {
+        "01_block.svg": (unfused, None, {}),
+        "01_break.svg": (unfused, None, marks),
+        "01_path.svg": (unfused, reason.anchor.output, {"along": path, "up": 1, "down": 0}),
+        "01_fused.svg": (fused, attention.name, {}),
+    }
+
+
+def text(work: Path) -> dict[str, Picture]:
+    """The pictures of notebooks 02 and 03, by file name; their graphs are put into `work`."""
+    pictures = {}
+    for number, name, attention in (("02", "minilm", "sdpa"), ("03", "mpnet", "eager")):
+        options = {"attn_implementation": attention, "num_hidden_layers": 2, "pooled": True}
+        model = models.load(name, **options).model
+        example = sentences()
+        if name == "minilm":
+            example["token_type_ids"] = torch.zeros_like(example["input_ids"])
+        pictures[f"{number}_break.svg"] = broken(model, example, work / f"{name}.onnx")
+    return pictures
+
+
+def deberta(work: Path) -> dict[str, Picture]:
+    """The pictures of notebook 04, by file name; their graphs are put into `work`."""
+    architecture = models.ARCHITECTURES["deberta"]
+    small = {**architecture.config, "num_hidden_layers": 2, "vocab_size": 1000}
+    model = models.stand_in(architecture.model, small, "eager")
+    exported = export.export(model, sentences(), work / "products.onnx", "dynamo")
+    (total,) = graph.sites(exported.model)[0].scores.outputs[0].consumers()
+    return {
+        "04_products.svg": (exported.path, graph.name(total), {"up": 5, "down": 3}),
+        "04_break.svg": broken(model, sentences(), work / "deberta.onnx"),
+    }
+
+
+def sentences() -> dict[str, torch.Tensor]:
+    ids = torch.full((2, 8), 5)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def broken(model: torch.nn.Module, example: dict[str, torch.Tensor], unfused: Path) -> Picture:
+    """Where BERT's fusion gives up on `model`, as TorchScript exports it to `unfused`."""
+    export.export(model, example, unfused, "torchscript")
+    sizes = {"num_heads": 12, "hidden_size": model.config.hidden_size}
+    [reason] = explain.explain(unfused, "bert", **sizes).reasons
+    return unfused, None, reason.marks()
+
+
+def draw(folder: Path) -> dict[str, view.View]:
+    """Draw all pictures into `folder`; returns what each shows, by file name."""
+    shown = {}
+    with tempfile.TemporaryDirectory() as work:
+        for pictures in (wav2vec2, text, deberta):
+            for name, (file, around, marks) in pictures(Path(work)).items():
+                print(f"drawing {name} …", flush=True)
+                shown[name] = view.save(file, folder / name, around, **marks)
+    return shown
+
+
+if __name__ == "__main__":
+    try:
+        draw(ASSETS)
+    except files.BadInput as error:
+        sys.exit(str(error))

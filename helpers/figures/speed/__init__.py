@@ -1,0 +1,1 @@
+"""Does fusing pay? The table of speed."""

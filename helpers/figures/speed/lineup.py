@@ -1,0 +1,142 @@
+"""Who takes part in a cell: the exports, the other optimizers at their best, and ours."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from helpers import contenders, export, feeds, files, graph, models, parity
+from helpers.contenders import Contender
+from helpers.figures.speed.models import Arrays, Model
+
+
+def prepare(
+    model: Model, lengths: Sequence[int], folder: Path, ours: Sequence[str]
+) -> list[Contender]:
+    """All contenders for `lengths` (one alone, where those are fixed), their files in `folder`.
+
+    `ours` are the routes whose graphs `helpers.fuse` is given. Who cannot be made or does not hold
+    parity has a reason.
+    """
+    config = {**model.config, **(model.fixed(lengths[0]) if model.fixed else {})}
+    module = models.stand_in(model.model, config)
+    example = model.inputs(2, lengths[0] if model.fixed else min(lengths))
+    tensors = {name: torch.from_numpy(array) for name, array in example.items()}
+    paths: dict[tuple[str, str], Path] = {}
+    failed: dict[Path, str] = {}
+    ways = [("torchscript", "eager"), ("torchscript", "sdpa"), ("dynamo", "sdpa")]
+    for route, attention in [*ways, ("opset23", "sdpa")]:
+        paths[route, attention] = path = folder / f"{route}_{attention}.onnx"
+        module.set_attn_implementation(attention)
+        try:
+            export.export(module, tensors, path, route)
+        except Exception as error:  # whatever an exporter raises is the reason
+            failed[path] = f"no export: {type(error).__name__}: {error}"[:240]
+    exported = [path for path in paths.values() if path not in failed]
+    if not exported:
+        raise RuntimeError(f"{model.repository}: no export: {failed}")
+    inferred, description = feeds.infer(exported[0])
+    if not model.fixed:  # what is inferred is short
+        longest = model.inputs(2, max(lengths))
+        masks = {name: array != 0 for name, array in longest.items() if name == "attention_mask"}
+        inferred.append(feeds.Feed("longest", longest, masks))
+    judge = Judge(module, inferred, description, exported[0])
+
+    def made(make: Callable[..., Contender], label: str, kind: str, way: tuple[str, str]):
+        source = paths[way]
+        if source in failed:
+            return Contender(label, kind, reason=failed[source])
+        return judge(make(label, source))
+
+    sdpa, dynamo, opset23 = ("torchscript", "sdpa"), ("dynamo", "sdpa"), ("opset23", "sdpa")
+    unfused = functools.partial(contenders.onnx, kind="unfused")
+    as_exported = functools.partial(contenders.onnx, kind="opset23")
+    return [
+        made(unfused, "unfused (torchscript, SDPA)", "unfused", sdpa),
+        made(unfused, "unfused (dynamo, SDPA)", "unfused", dynamo),
+        best_stock(model, paths, failed, judge),
+        made(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", dynamo),
+        made(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", dynamo),
+        made(as_exported, "opset 23 as exported (SDPA)", "opset23", opset23),
+        *(made(contenders.fused, f"ours ({way}, SDPA)", "ours", (way, "sdpa")) for way in ours),
+    ]
+
+
+class Judge:
+    """Keeps those who compute what the PyTorch module does, over `feeds`.
+
+    Outputs of the module are computed once. Where there is padding, which rows have no key is read
+    off the export `guide`, whose attention is not fused.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        feeds: Sequence[feeds.Feed],
+        description: str,
+        guide: Path,
+    ):
+        self.feeds, self.description = feeds, description
+        self.guides = [guide] if any(feed.keys for feed in feeds) else []
+        run, known = models.runner(module), {}
+
+        @functools.wraps(run)
+        def reference(arrays: Arrays) -> Arrays:
+            if id(arrays) not in known:
+                known[id(arrays)] = run(arrays)
+            return known[id(arrays)]
+
+        self.reference = reference
+
+    def __call__(self, contender: Contender) -> Contender:
+        """`contender`, with a reason where it does not hold."""
+        if contender.reason:
+            return contender
+        both = [*self.guides, contender.path]
+        try:
+            report = parity.compare(self.reference, both, self.feeds, self.description)
+        except files.BadInput as error:
+            reason = str(error).replace(f"{contender.path.parent}/", "")
+        else:
+            found = report.candidates[-1]
+            if found.held:
+                return contender
+            reason = found.reason or f"differs by {found.max_abs_diff:.0e}"
+        return Contender(contender.label, contender.kind, reason=f"wrong: {reason}"[:240])
+
+
+def best_stock(
+    model: Model,
+    paths: Mapping[tuple[str, str], Path],
+    failed: Mapping[Path, str],
+    judge: Callable[[Contender], Contender],
+) -> Contender:
+    """ONNX Runtime's optimizer at its best setting that holds parity: the one that fuses the most
+    sites, then the one with the fewest nodes. It fuses attention of eager TorchScript graphs alone,
+    with dynamic axes at its default level."""
+    tried: list[tuple[int, int, Contender]] = []
+    reasons: list[str] = []
+    sizes = {"num_heads": model.heads, "hidden_size": model.width}
+    for attention, raw in (("eager", False), ("eager", True), ("sdpa", False)):
+        setting = f"{model.model_type}{', raw mask' if raw else ''} (torchscript, {attention})"
+        source = paths["torchscript", attention]
+        if raw and tried:  # what it makes by itself of the mask is right
+            continue
+        if source in failed:
+            reasons.append(failed[source])
+            continue
+        label = f"stock, {setting}"
+        made = judge(contenders.stock(label, source, model.model_type, **sizes, raw_mask=raw))
+        if made.reason:
+            reasons.append(f"{setting}: {made.reason}")
+            continue
+        optimised = graph.load(made.path, weights=False)
+        sites = graph.sites(optimised)
+        fused = sum(site.fused for site in sites)
+        tried.append((-fused, sum(graph.counts(optimised).values()), made))
+        if fused == len(sites):
+            break
+    if not tried:
+        return Contender(f"stock, {model.model_type}", "stock", reason="; ".join(reasons))
+    return min(tried, key=lambda one: one[:2])[2]

@@ -1,0 +1,167 @@
+"""Does fusing pay? Time on ONNX Runtime of what `helpers.fuse` makes, against the best of the rest.
+
+``python -m helpers.figures.speed.measuring [--models bert vit] [--rounds 10] [--lengths 128]``
+
+Models of base size (stand-ins: published configurations with seeded weights), two lengths, batch 1
+and 8. In each *cell* (model, length, batch) the others are: the exports unfused, ONNX Runtime's
+optimizer at its best, onnxscript, transformers' ``ort_fusions``, and the export at opset 23. Who
+does not compute what PyTorch computes takes no part. A *ratio* is the time of one contender over
+that of the fastest of the others, paired by round: below 1 is faster than all of them.
+
+It may be run in parts. A cell that is measured again replaces its rows in assets/speed.csv; the
+summary, the picture, speed.svg, and the README's table are made of all cells there.
+Export files go to a temporary folder, up to 10 GB for one model.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from helpers import benchmark
+from helpers.contenders import Contender
+from helpers.figures import page
+from helpers.figures.speed import table
+from helpers.figures.speed.lineup import prepare
+from helpers.figures.speed.models import MODELS, Arrays
+from helpers.figures.speed.table import ASSETS, LOOKS
+
+CLOSE = 1.15  # who is surely slower than this after the first rounds is not timed in the later
+FIRST = 3  # rounds in which all take part
+
+
+# ── Models ──────────────────────────────────────────────────────────────────────────────────────
+
+
+# ── Contenders ──────────────────────────────────────────────────────────────────────────────────
+
+
+# ── Times ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    those: Sequence[Contender], arrays: Arrays, name: str, rounds: int, at_once: int
+) -> list[dict[str, Any]]:
+    """A row for each contender on `arrays`: its ratio, with a 95 % interval, or its reason.
+
+    All take part in the first rounds, `at_once` models in memory; ours and the others that may be
+    the fastest are then timed in `rounds` more, together if memory allows. Who was too slow keeps
+    the ratio of the first rounds.
+    """
+    able_first = sorted(those, key=lambda c: bool(c.reason))  # groups are compared by the first
+    first = benchmark.run(able_first, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
+    print(first.conditions, flush=True)
+    best, slow = ratios(first)
+    rows = {label: (*ratio, FIRST) for label, ratio in slow.items()}
+    reasons = dict(first.reasons)
+    kept = [c for c in those if c.label in slow and (c.kind == "ours" or slow[c.label].low < CLOSE)]
+    kept.sort(key=lambda c: c.label != best)  # the first is in each group, if they need several
+    if kept:
+        peak = max(first.measured[c.label].peak for c in kept)
+        size = int(max(2, min(len(kept), 0.8 * psutil.virtual_memory().available // peak)))
+        later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
+        rows = {label: row for label, row in rows.items() if label not in later.reasons}
+        rows |= {label: (*ratio, rounds) for label, ratio in ratios(later)[1].items()}
+        reasons |= later.reasons
+    empty = (np.nan, np.nan, np.nan, 0)
+    return [
+        {"contender": c.label, "kind": c.kind}
+        | dict(zip(("ratio", "low", "high", "rounds"), rows.get(c.label, empty), strict=True))
+        | {"reason": reasons.get(c.label, "")}
+        for c in those
+    ]
+
+
+def ratios(result: benchmark.Result) -> tuple[str, dict[str, benchmark.Speedup]]:
+    """The fastest of the others, and by label each one's time over that one's."""
+    kinds = {c.label: c.kind for c in result.contenders}
+    found = {
+        label: one.relative
+        for label, one in result.measured.items()
+        if np.isfinite(one.relative).all()
+    }
+    others = [label for label in found if kinds[label] != "ours"]
+    if not others:
+        return "", {}
+    best = min(others, key=lambda label: float(np.median(found[label])))
+    return best, {label: benchmark.speedup(one, found[best]) for label, one in found.items()}
+
+
+# ── Results ─────────────────────────────────────────────────────────────────────────────────────
+
+
+# ── The command ─────────────────────────────────────────────────────────────────────────────────
+
+
+def speed(
+    name: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    *,
+    rounds: int,
+    ours: Sequence[str],
+    at_once: int,
+    path: Path,
+) -> None:
+    """Measure the cells of one model, each put into the table at `path` when it is done."""
+    model = MODELS[name]
+    for some in [[length] for length in lengths] if model.fixed else [list(lengths)]:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"preparing {name}, {', '.join(map(str, some))} {model.unit} …", flush=True)
+            those = prepare(model, some, Path(folder), ours)
+            for one in those:
+                print(f"  {one.label}: {one.reason or 'ready'}", flush=True)
+            for length in some:
+                for batch in batches:
+                    cell = {"model": name, "length": length, "batch": batch}
+                    case = f"{name}, {length} {model.unit}, batch {batch}"
+                    found = measure(those, model.inputs(batch, length), case, rounds, at_once)
+                    table.merge(path, [cell | row for row in found])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several = {"nargs": "+", "metavar": "N", "type": int}
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=10, metavar="N")
+    parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
+    parser.add_argument("--batches", **several, default=[1, 8])
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        choices=list(LOOKS),
+        default=["torchscript", "dynamo"],
+        help="routes whose graphs are fused; default: torchscript dynamo",
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=3, metavar="N", help="models in memory in the first rounds"
+    )
+    parser.add_argument("--csv", type=Path, default=ASSETS / "speed.csv")
+    parser.add_argument("--only-show", action="store_true", help="measure nothing")
+    given = parser.parse_args(arguments)
+    for name in () if given.only_show else given.models:
+        speed(
+            name,
+            given.lengths or MODELS[name].lengths,
+            given.batches,
+            rounds=given.rounds,
+            ours=given.ours,
+            at_once=given.at_once,
+            path=given.csv,
+        )
+    rows = table.merge(given.csv, [])
+    print(table.by_model(rows))
+    print(table.summary(rows))
+    table.draw(rows, given.csv.with_suffix(".svg"))
+    if given.csv == ASSETS / "speed.csv":
+        page.put(ASSETS.parent / "README.md", "speed", table.page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Model files: refuse a bad one at once, write a good one whole or not at all; sessions."""
+
+from helpers.errors import BadInput
+from helpers.files.checking import SLOW, check, data, size
+from helpers.files.refusals import raised, refused, told
+from helpers.files.sessions import give_back, session
+from helpers.files.writing import ONE_FILE, replacing, save, scratch, write, writing
+
+__all__ = [
+    "ONE_FILE",
+    "SLOW",
+    "BadInput",
+    "check",
+    "data",
+    "give_back",
+    "raised",
+    "refused",
+    "replacing",
+    "save",
+    "scratch",
+    "session",
+    "size",
+    "told",
+    "write",
+    "writing",
+]

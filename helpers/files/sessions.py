@@ -1,0 +1,64 @@
+"""Sessions of ONNX Runtime, and the memory that they leave."""
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
+import onnxruntime as ort
+
+from helpers.files.refusals import raised as raised
+from helpers.files.refusals import told as told
+from helpers.graph import external
+
+FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime
+
+
+def session(
+    model: str | Path | bytes,
+    *,
+    optimise: bool = True,
+    threads: int = 0,
+    spin: bool = False,
+    profile_prefix: str = "",
+    folder: Path | None = None,
+    write_to: Path | None = None,
+) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU for a model: a file, or bytes with `folder` for its data.
+
+    `optimise=False` turns off the fusions that a session makes by itself, so that what runs is what
+    is in the file. `threads` is for one operator; 0 lets the runtime choose. Unless they `spin`,
+    they rest after a run, so that a session does not slow down whatever runs next. With
+    `profile_prefix`, the session writes ONNX Runtime's own profile (JSON, microseconds) there, and
+    with `write_to`, the graph that it runs, which is for this machine alone.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised: printing them as well only makes noise
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile_prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if write_to is not None:
+        options.optimized_model_filepath = str(write_to)
+    if folder is not None:
+        options.add_session_config_entry(FOLDER, str(folder))
+    # With its "fallback" it prints errors that it does not know, and tries the same once more.
+    choice = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
+    if isinstance(model, bytes):
+        return ort.InferenceSession(model, options, **choice)
+    try:
+        return ort.InferenceSession(str(model), options, **choice)
+    except Exception as error:  # in branches and attributes it follows no link to a file of data
+        if "symbolic link" not in str(error):
+            raise
+    proto, folder = external.read(model)
+    options.add_session_config_entry(FOLDER, str(folder))
+    return ort.InferenceSession(proto.SerializeToString(), options, **choice)
+
+
+def give_back() -> None:
+    """Give the memory that this process has freed back to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

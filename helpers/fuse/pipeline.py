@@ -1,0 +1,324 @@
+"""Fuse every attention site of an ONNX model, right or not at all.
+
+The graph is brought to opset 23, each site is lifted into one operator (`helpers.fuse`), and
+the result is compared with the file that it came from. Where they differ, nothing is written, and
+the step at fault is found by bisection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer, version_converter
+
+from helpers import feeds, files, graph, parity
+from helpers.fuse import (
+    attention,
+    gelu,
+    guards,
+    heads,
+    multi_head,
+    normalization,
+    quantized,
+    residual,
+)
+from helpers.graph import external, repairs
+from helpers.quiet import quiet
+
+OPSET = 23  # the first with Attention
+TARGETS = ("portable", "cpu")
+
+
+@dataclasses.dataclass
+class Fused:
+    """What `fuse` did: sites and how many of them are fused, the operators that fuse them, and how
+    the result compares. `left` and `repaired` have a line for each site, or node; `not_portable`,
+    for the target of that name, one for each operator outside the standard that the input had and
+    the file still has. `at_fault` names the step from which on parity did not hold, or says that
+    the file does not load; there is no file then."""
+
+    path: Path
+    sites: int
+    fused: int
+    operators: dict[str, int]
+    left: list[str]
+    repaired: list[str]
+    not_portable: list[str]
+    parity: parity.Candidate
+    inputs: str
+    at_fault: str | None = None
+
+    @property
+    def held(self) -> bool:
+        return self.parity.held
+
+    def to_json(self) -> dict[str, Any]:
+        compared = self.parity.to_json()
+        reason = compared.pop("reason")
+        return {
+            "sites": self.sites,
+            "fused": self.fused,
+            "operators": self.operators,
+            "parity": compared | {"where": reason or compared["where"], "inputs": self.inputs},
+            "repaired": self.repaired,
+            "left": self.left,
+            "not_portable": self.not_portable,
+            "at_fault": self.at_fault,
+        }
+
+    def __str__(self) -> str:
+        operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        sites = f"{self.sites} attention sites, {self.fused} fused ({operators or 'none'})"
+        lines = [
+            sites if self.sites else "no attention site: there was nothing to fuse",
+            *(f"left: {line}" for line in self.left),
+            *(f"repaired: {line}" for line in self.repaired),
+            *(f"not of the standard: {line}" for line in self.not_portable),
+            f"inputs {self.inputs}",
+            self.parity.said(),
+            str(self.parity),
+        ]
+        if not self.held:
+            lines.append(f"not written; at fault: {self.at_fault}")
+        return "\n".join(lines)
+
+
+class _NotHeld(Exception):
+    """Leaves the writing of a file whose parity does not hold."""
+
+
+def fuse(
+    path: str | Path,
+    out: str | Path,
+    *,
+    target: str = "portable",
+    inputs: str | Path | None = None,
+) -> Fused:
+    """Fuse the model at `path` for `target`, and write it to `out` if it computes the same.
+
+    `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
+    com.microsoft. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
+    are inferred. Raises ValueError on another target, `files.BadInput` on a model that is none, or
+    whose inputs cannot be inferred.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
+    path, out = Path(path).absolute(), Path(out).absolute()
+    data = files.data(path)
+    _keep_apart(path, data, out)
+    report = _Report()
+    model = _stepped(path, target, report)
+    sites = graph.sites(model)
+    names = [graph.operator(site.node) for site in sites if site.fused]
+    answer = Fused(
+        out,
+        report.sites,
+        len(names),
+        {name: names.count(name) for name in dict.fromkeys(names)},
+        report.left,
+        report.repaired,
+        _not_portable(model) if target == "portable" else [],
+        parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
+        "none",
+    )
+    try:
+        with files.writing(out, keep=data) as draft:
+            files.write(model, draft)
+            del model, sites
+            gc.collect()  # models are in cycles
+            files.give_back()
+            if said := _does_not_load(draft):
+                answer.parity.reason, answer.at_fault = said, "the file as a whole"
+                raise _NotHeld
+            print("comparing …", flush=True)
+            cases, answer.inputs = feeds.read(inputs, draft if report.repaired else path)
+            reference = _reference(path, report)
+            compared = parity.compare(reference, [draft], cases, answer.inputs)
+            [answer.parity], answer.inputs = compared.candidates, compared.inputs
+            answer.parity.name = str(out)
+            if not answer.held:
+                raise _NotHeld
+    except _NotHeld:
+        if not answer.at_fault:
+            answer.at_fault = _bisect(path, target, reference, cases, out)
+    return answer
+
+
+def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
+    """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
+    for file, what in ((path, "the input"), *((one, "its data") for one in data)):
+        if not out.exists() or not out.samefile(file):
+            continue
+        # A link is replaced, which leaves alone what it leads to, unless the input leads there too.
+        if not out.is_symlink() or path.is_symlink():
+            raise files.BadInput(
+                f"{out}: expected another file than the input, found {what}; choose another name"
+            )
+
+
+def _does_not_load(draft: Path) -> str | None:
+    try:
+        files.session(draft)
+    except Exception as error:  # ONNX Runtime's own types
+        return f"does not load in ONNX Runtime: {files.told(error)}"
+    return None
+
+
+def _not_portable(model: ir.Model) -> list[str]:
+    """The operators outside ONNX's standard, with how many there are."""
+    own = {  # ONNX Runtime writes some of its own into ONNX's domain
+        graph.operator(node)
+        for node in graph.nodes(model)
+        if not onnx.defs.has(node.op_type, node.domain)
+    }
+    counted = graph.counts(model).items()
+    return [f"{name} × {count}" for name, count in counted if name in own]
+
+
+@dataclasses.dataclass
+class _Report:
+    """What the steps say of themselves."""
+
+    sites: int = 0
+    left: list[str] = dataclasses.field(default_factory=list)
+    by_rows: list[str] = dataclasses.field(default_factory=list)
+    by_definition: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def repaired(self) -> list[str]:
+        """What was repaired: where the file runs on one row at a time, and where it does not."""
+        return self.by_rows + self.by_definition
+
+
+def _stepped(path: Path, target: str, report: _Report, number: int | None = None) -> ir.Model:
+    """The model at `path` after all of the steps, or the first `number`, ready to be saved."""
+    model = graph.load(path)
+    for i, _ in enumerate(_steps(model, target, report), 1):
+        if i == number:
+            break
+    quantized.move_first(model)
+    clean(model)
+    return model
+
+
+def clean(model: ir.Model) -> None:
+    """Remove what is not used or there twice, in place; sort the nodes and name them all."""
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    for inside in model.graphs():
+        inside.sort()
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.NameFixPass()(model)
+
+
+def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
+    """Change `model`, step by step, and say which was done."""
+    names = {site.node.outputs[0].name: (site.name, site.layer) for site in graph.sites(model)}
+    with quiet():
+        convert(model)  # which names nodes that have no name
+    yield f"the conversion to opset {OPSET}"
+    passes.ShapeInferencePass()(model)
+    repaired = repairs.repair(model)
+    report.by_rows += repaired.by_rows
+    report.by_definition += repaired.by_definition
+    yield "the repair of what ONNX Runtime refuses"
+    optimizer.fold_constants(model)
+    if len([*model.graphs()]) == 1:  # in a branch, what it gives may be an Identity
+        passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    yield "constants"
+    normalization.fuse(model)
+    gelu.fuse(model)
+    yield "normalisations and Gelu"
+    sites = graph.sites(model)
+    report.sites = len(sites)
+    for site in sites:
+        if site.fused:
+            continue
+        name, layer = names.get(site.node.outputs[0].name, (site.name, site.layer))
+        try:
+            attention.fuse(model, site)
+        except attention.Left as why:
+            report.left.append(f"{name}: {why}")
+        yield f"site {name} ({layer})" if layer else f"site {name}"
+    clean(model)
+    with quiet():
+        passes.ShapeInferencePass()(model)
+    guards.drop(model)
+    heads.merge(model)
+    yield "guards that are left out, heads that are split in the operator"
+    if target == "cpu":
+        multi_head.use(model)
+        yield "MultiHeadAttention where there are many keys"
+        residual.keep_apart(model)
+        yield "residuals kept apart from normalisations"
+
+
+def convert(model: ir.Model) -> None:
+    """Bring `model`, in place, to opset 23 if it has a lower one."""
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OPSET))
+    if opset < 18:  # onnxscript's converter begins there; this leaves the start to onnx's
+        version_converter.ConvertVersionPass(18, fallback=True)(model)
+    if opset < OPSET:
+        version_converter.convert_version(model, OPSET)
+
+
+def _bisect(
+    path: Path, target: str, reference: parity.Model, cases: list[feeds.Feed], out: Path
+) -> str:
+    """The name of the first step after which parity does not hold."""
+    names = [*_steps(graph.load(path), target, _Report())]
+    low, high = 0, len(names)  # after `low` steps it holds, after `high` it does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        print(f"looking for the step at fault: {middle} of {len(names)} …", flush=True)
+        with files.scratch(out) as draft:
+            files.write(_stepped(path, target, _Report(), middle), draft)
+            held = parity.compare(reference, [draft], cases, "").held
+        low, high = (middle, high) if held else (low, middle)
+    return names[high - 1]
+
+
+def _reference(path: Path, report: _Report) -> parity.Model:
+    """What to compare with: the model at `path`, run in the way that it can be run."""
+    if report.by_definition:
+        model = graph.load(path)
+        external.bring_in(model)
+        evaluator = ReferenceEvaluator(ir.to_proto(model))  # as operators are defined, in numpy
+
+        def run(arrays: parity.Outputs) -> parity.Outputs:
+            return dict(zip(evaluator.output_names, evaluator.run(None, arrays), strict=True))
+
+        return run
+    return _by_rows(path) if report.by_rows else path
+
+
+def _by_rows(path: Path) -> parity.Model:
+    """Runs the model at `path` on one row of a batch at a time, which is all that it can run on."""
+    session = files.session(path, optimise=False)
+    names = [one.name for one in session.get_outputs()]
+
+    def rows(arrays: parity.Outputs) -> parity.Outputs:
+        batch = max(len(array) for array in arrays.values() if array.ndim > 1)
+        answers = [
+            session.run(
+                names,
+                {
+                    name: array[i : i + 1] if len(array) == batch and array.ndim > 1 else array
+                    for name, array in arrays.items()
+                },
+            )
+            for i in range(batch)
+        ]
+        return {name: np.concatenate(one) for name, *one in zip(names, *answers, strict=True)}
+
+    return rows

@@ -1,0 +1,58 @@
+"""Graphs: reading them, walking them, their attention sites, cut-outs, what is known of a value."""
+
+from helpers.graph.attention_sites import (
+    ELEMENTWISE,
+    FUSED,
+    Site,
+    equation,
+    from_input,
+    sites,
+    through,
+)
+from helpers.graph.cutting import block, cut_out
+from helpers.graph.reading import (
+    LARGE,
+    MICROSOFT,
+    STANDARD,
+    counts,
+    find,
+    inline,
+    load,
+    module,
+    name,
+    names_in,
+    nodes,
+    notes,
+    operator,
+    origin,
+    without_weights,
+)
+from helpers.graph.walks import neighbours
+
+__all__ = [
+    "ELEMENTWISE",
+    "FUSED",
+    "LARGE",
+    "MICROSOFT",
+    "STANDARD",
+    "Site",
+    "block",
+    "counts",
+    "cut_out",
+    "equation",
+    "find",
+    "from_input",
+    "inline",
+    "load",
+    "module",
+    "name",
+    "names_in",
+    "neighbours",
+    "nodes",
+    "notes",
+    "operator",
+    "origin",
+    "sites",
+    "through",
+    "without_weights",
+]

@@ -1,0 +1,118 @@
+"""What is known of a value without running the graph: constants, ranks, sizes of axes."""
+
+import numpy as np
+import onnx_ir as ir
+
+from helpers.graph.attention_sites import ELEMENTWISE
+
+_FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+SMALL = 64  # elements of a constant that may be a shape
+LARGE = 2**20  # elements of one that may be a number, repeated
+NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The values of a small constant; None where it is computed, or a weight."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None or tensor.size > SMALL else tensor.numpy()
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number that `value` is filled with, whatever its shape; None where that is not known."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "ConstantOfShape":
+        filled = node.attributes.get_tensor("value", None)
+        return 0.0 if filled is None else float(filled.numpy().flat[0])
+    if node is not None and node.op_type in _FILLED:
+        found = number(node.inputs[0])
+        to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
+        if found is None or not to or ir.DataType(to).is_floating_point():
+            return found
+        return float(bool(found) if to == ir.DataType.BOOL else int(found))
+    if node is not None and node.op_type in ("Mul", "Not"):
+        factors = [number(one) for one in node.inputs]
+        if None in factors:
+            return None
+        return factors[0] * factors[1] if node.op_type == "Mul" else float(not factors[0])
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or not 0 < tensor.size <= LARGE:
+        return None
+    array = tensor.numpy()
+    return float(array.flat[0]) if (array == array.flat[0]).all() else None
+
+
+def root(value: ir.Value) -> ir.Value:
+    """What `value` was before casts and shapes."""
+    while (node := value.producer()) is not None and node.op_type in _FILLED:
+        value = node.inputs[0]
+    return value
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of axes, from the value's shape or from what makes it; None where not known."""
+    if value is None:
+        return None
+    if value.shape is not None:
+        return len(value.shape)
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Transpose" and node.attributes.get_ints("perm"):
+        return len(node.attributes.get_ints("perm"))
+    if node.op_type == "Reshape":
+        wanted = node.inputs[1].shape
+        return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
+    if node.op_type in ELEMENTWISE or node.op_type == "MatMul":
+        known = [rank(one) for one in node.inputs if one is not None]
+        return None if None in known else max(known, default=None)
+    return None
+
+
+def dim(value: ir.Value, axis: int) -> int | str | None:
+    """The size of an axis counted from the end: a number, a name, None where not known.
+
+    1 where the value has fewer axes.
+    """
+    if value.shape is None:
+        return None
+    if len(value.shape) < -axis:
+        return 1
+    size = value.shape[axis]
+    return size if isinstance(size, int) else size.value
+
+
+def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
+    """The value and axis, from the start, whose size `value` is: read by Shape and Gather."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity", "Unsqueeze", "Squeeze"):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type not in ("Gather", "Shape"):
+        return None
+    if node.op_type == "Shape":
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+        one = end is not None and end - start == 1 and start >= 0
+        return (node.inputs[0], start) if one else None
+    shape, axis = node.inputs[0].producer(), number(node.inputs[1])
+    if shape is None or shape.op_type != "Shape" or axis is None or len(shape.attributes):
+        return None
+    return (shape.inputs[0], int(axis)) if axis >= 0 else None
+
+
+def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:
+    """The sizes of the last two axes; of what elementwise operators made, from their inputs."""
+    node = value.producer()
+    if value.shape is not None or node is None or node.op_type not in ELEMENTWISE:
+        tensor = ir.convenience.get_const_tensor(value)
+        if value.shape is None and tensor is not None:
+            return tuple([1, 1, *tensor.shape.numpy()][-2:])
+        return dim(value, -2), dim(value, -1)
+    if node.op_type in ("Cast", "CastLike", "Expand"):
+        return (None, None) if node.op_type == "Expand" else tail(node.inputs[0])
+    sizes = [tail(one) for one in node.inputs if one is not None]
+    return _joined(one[0] for one in sizes), _joined(one[1] for one in sizes)
+
+
+def _joined(sizes) -> int | str | None:
+    """The size of an axis that has these, broadcast."""
+    sizes = {*sizes} - {1}
+    return 1 if not sizes else sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,82 @@
+"""Walks over a graph, from node to node, along the arrows or against them.
+
+A walk is breadth first: the nearest nodes come first, each of them once. Its steps are those of
+onnx_ir: the predecessors of a node compute its inputs, its successors read its outputs.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import onnx_ir as ir
+
+Step = Callable[[ir.Node], Iterable[ir.Node]]
+
+
+def producers(node: ir.Node) -> list[ir.Node]:
+    """The nodes that compute the inputs of `node`, in the order of its inputs."""
+    return [producer for producer in node.predecessors() if producer is not None]
+
+
+def consumers(node: ir.Node) -> list[ir.Node]:
+    """The nodes that read the outputs of `node`."""
+    return list(node.successors())
+
+
+def walk(
+    starts: Iterable[ir.Node], step: Step, *, stop: Collection[ir.Node] = (), far: int | None = None
+) -> Iterator[ir.Node]:
+    """`starts` and all that `step` leads to from there, but for the nodes in `stop`.
+
+    With `far`, only what is that many steps away at the most.
+    """
+    level = list(dict.fromkeys(starts))
+    seen = {*level, *stop}
+    yield from level
+    while level and far != 0:
+        reached = dict.fromkeys(near for node in level for near in step(node))
+        level = [node for node in reached if node not in seen]
+        seen.update(level)
+        far = None if far is None else far - 1
+        yield from level
+
+
+def upstream(
+    *starts: ir.Node, stop: Collection[ir.Node] = (), far: int | None = None
+) -> Iterator[ir.Node]:
+    """`starts` and the nodes that they depend on; `stop` and `far` as in `walk`."""
+    return walk(starts, producers, stop=stop, far=far)
+
+
+def downstream(
+    *starts: ir.Node, stop: Collection[ir.Node] = (), far: int | None = None
+) -> Iterator[ir.Node]:
+    """`starts` and the nodes that depend on them; `stop` and `far` as in `walk`."""
+    return walk(starts, consumers, stop=stop, far=far)
+
+
+def between(first: ir.Node, last: ir.Node) -> set[ir.Node]:
+    """The nodes on all ways along the arrows from `first` to `last`, these two included."""
+    return {*downstream(first)} & {*upstream(last)}
+
+
+def shortest(start: ir.Node, goals: Collection[ir.Node], step: Step) -> list[ir.Node]:
+    """The nodes on a shortest way from `start` to one of `goals`, both ends included; or none."""
+    came_from: dict[ir.Node, ir.Node | None] = {start: None}
+
+    def following(node: ir.Node) -> list[ir.Node]:
+        reached = [near for near in step(node) if near not in came_from]
+        came_from.update(dict.fromkeys(reached, node))
+        return reached
+
+    goal = next((node for node in walk([start], following) if node in goals), None)
+    way = []
+    while goal is not None:
+        way.append(goal)
+        goal = came_from[goal]
+    return way[::-1]
+
+
+def neighbours(node: ir.Node, *, up: int = 3, down: int = 3) -> list[ir.Node]:
+    """`node`, and the nodes at most `up` steps against the arrows or `down` along them, in the
+    order of the graph."""
+    taken = {*upstream(node, far=up), *downstream(node, far=down)}
+    return [one for one in node.graph if one in taken]

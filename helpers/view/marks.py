@@ -1,0 +1,179 @@
+"""A graph drawn by Netron in headless Chromium, with marks that need no colour.
+
+Nothing is served and nothing is sent: each request of the page is answered from Netron's package on
+disk, or refused. The picture is Netron's own SVG export; a PNG is that SVG, rendered.
+"""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from xml.dom import minidom
+
+from helpers.files import BadInput
+from helpers.view import browser
+from helpers.view.browser import FONT
+
+MONOSPACE = "'Liberation Mono', 'Courier New', monospace"
+CHARACTER, LINE = 6.6, 20  # width of a character of the labels (11 px), height of a line
+MARGIN = 16  # marks reach out of the picture that Netron drew
+PATH_GAP, BREAK_GAP = 3, 7  # from a node's box to its outline
+
+
+# ── The browser ─────────────────────────────────────────────────────────────────────────────────
+
+
+# ── The marks ───────────────────────────────────────────────────────────────────────────────────
+
+
+def mark(
+    svg: str,
+    nodes: Sequence[tuple[str, str]],
+    text: str,
+    *,
+    around: int | None = None,
+    along: Sequence[int] = (),
+    break_at: int | None = None,
+) -> str:
+    """Netron's export `svg` with the marks, a line below for each of them, and a text alternative.
+
+    A node of the path gets a solid outline and its number in a disc, the node asked for a thicker
+    one and a triangle, the break a dashed one and a cross in a square. Each node gets its name as a
+    tooltip.
+    """
+    # Netron writes shapes in brackets that only Chinese and Japanese fonts have.
+    root = minidom.parseString(svg.replace("〈", " [").replace("〉", "]")).documentElement
+    drawn = {
+        group.getAttribute("id").removeprefix("node-name-"): group
+        for group in root.getElementsByTagName("g")
+        if group.parentNode.getAttribute("id") == "nodes"
+    }
+    if missing := [name for i, (_, name) in enumerate(nodes) if str(i) not in drawn]:
+        import netron
+
+        raise BadInput(
+            f"netron {netron.__version__}: expected a drawing of {len(nodes)} nodes, found none of"
+            f" {', '.join(missing[:3])}; install the version in requirements.txt"
+        )
+    for i, (_, name) in enumerate(nodes):
+        group = drawn[str(i)]
+        for title in group.getElementsByTagName("title"):
+            if title.firstChild.data == str(i):  # the number that it was given for a name
+                title.parentNode.removeChild(title)
+        _put(group, "title", _printable(name), first=True)
+
+    width, height = int(root.getAttribute("width")), int(root.getAttribute("height"))
+    columns = max(44, int((width - 2 * LINE) / CHARACTER))
+    kinds = [("around", "", around), *(("path", str(i), n) for i, n in enumerate(along, 1))]
+    marks = [mark for mark in (*kinds, ("break", "", break_at)) if mark[2] is not None]
+    corners = [_outline(drawn[str(node)], kind) for kind, _, node in marks]
+    for line, (kind, number, node) in enumerate(marks):
+        _badge(drawn[str(node)], kind, number, *corners[line])
+        y = height + LINE * (line + 0.5)
+        _badge(root, kind, number, 10, y)
+        operator, name = nodes[node]
+        label = f"{kind} {number}".strip() + f": {operator} "
+        name, room = _printable(name), columns - len(label)
+        label += name if len(name) <= room else f"…{name[1 - room :]}"
+        style = {"font-family": MONOSPACE, "font-size": 11, "textLength": CHARACTER * len(label)}
+        _put(root, "text", label, x=24, y=y + 4, **style)
+        width = max(width, int(24 + CHARACTER * len(label)) + 1)
+    box = (-MARGIN, -MARGIN, width + 2 * MARGIN, height + LINE * len(marks) + 2 * MARGIN)
+    rectangles = root.getElementsByTagName("rect")
+    background = next(each for each in rectangles if each.getAttribute("id") == "background")
+    for name, value in zip(("x", "y", "width", "height"), box, strict=True):
+        background.setAttribute(name, str(value))
+    for name in ("id", "style"):
+        root.removeAttribute(name)
+    root.setAttribute("viewBox", " ".join(map(str, box)))
+    for name, value in (("width", box[2]), ("height", box[3]), ("role", "img")):
+        root.setAttribute(name, str(value))
+    root.setAttribute("aria-labelledby", "title")
+    _put(root, "title", _printable(text), first=True, id="title")
+    return root.toxml() + "\n"
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)  # XML forbids the others
+
+
+def _put(parent: Any, tag: str, text: str = "", first: bool = False, **attributes: Any) -> None:
+    element = parent.ownerDocument.createElement(tag)
+    for name, value in attributes.items():
+        element.setAttribute(name, f"{value:g}" if isinstance(value, float) else str(value))
+    if text:
+        element.appendChild(parent.ownerDocument.createTextNode(text))
+    parent.insertBefore(element, parent.firstChild if first else None)
+
+
+def _size(group: Any) -> tuple[float, float]:
+    """Width and height of a node's box, whose border is a rectangle with round corners."""
+    border = next(
+        path.getAttribute("d")
+        for path in group.getElementsByTagName("path")
+        if path.parentNode is group and path.getAttribute("class") == "node node-border"
+    )
+    across, radius, down = map(
+        float, re.search(r"h([\d.]+)a([\d.]+),.*?v([\d.]+)a", border).groups()
+    )
+    return across + 2 * radius, down + 2 * radius
+
+
+def _outline(group: Any, kind: str) -> tuple[float, float]:
+    """Mark a node, in its own coordinates: its box begins at 0, 0. Returns where the badge goes."""
+    width, height = _size(group)
+    gap = BREAK_GAP if kind == "break" else PATH_GAP
+    stroke = {"path": "2px", "around": "4px", "break": "2.5px; stroke-dasharray: 7 4"}[kind]
+    box = {"x": -gap, "y": -gap, "width": width + 2 * gap, "height": height + 2 * gap}
+    _put(
+        group, "rect", **box, rx=gap + 4, style=f"fill: none; stroke: #000; stroke-width: {stroke}"
+    )
+    right, bottom = width + gap, height + gap
+    return {"path": (-gap, -gap), "around": (right, -gap), "break": (right, bottom)}[kind]
+
+
+def _badge(parent: Any, kind: str, number: str, x: float, y: float) -> None:
+    """The sign of a mark, at most 16 pixels across, around `x`, `y`."""
+    if kind == "path":
+        _put(parent, "circle", cx=x, cy=y, r=8, style="fill: #000; stroke: #fff")
+        style = f"font-family: {FONT}; font-size: 11px; font-weight: bold; fill: #fff"
+        _put(parent, "text", number, x=x, y=y + 4, style=f"{style}; text-anchor: middle")
+    elif kind == "around":
+        triangle = f"M{x - 8:g},{y - 7:g}h16l-8,14z"
+        _put(parent, "path", d=triangle, style="fill: #000; stroke: #fff")
+    else:
+        style = "fill: #fff; stroke: #000; stroke-width: 1.5px"
+        _put(parent, "rect", x=x - 7, y=y - 7, width=14, height=14, style=style)
+        cross = f"M{x - 4:g},{y - 4:g}l8,8m0,-8l-8,8"
+        _put(parent, "path", d=cross, style="fill: none; stroke: #000; stroke-width: 2px")
+
+
+def draw(
+    model: bytes,
+    save_as: Path,
+    program: str,
+    *,
+    nodes: Sequence[tuple[str, str]],
+    around: int | None,
+    along: Sequence[int],
+    break_at: int | None,
+    text: str,
+) -> None:
+    """Draw an ONNX model whose nodes are named 0, 1, …, and mark some of them.
+
+    `nodes` has the operator and the name of each; `text` is the text alternative.
+    """
+    marks = {"around": around, "along": along, "break_at": break_at}
+
+    def work() -> None:
+        with browser.opened(program) as chromium:
+            svg = mark(browser.exported(chromium, model), nodes, text, **marks)
+            if save_as.suffix == ".svg":
+                save_as.write_text(svg, encoding="utf-8")
+            else:
+                save_as.write_bytes(browser.rendered(chromium, svg))
+
+    # Playwright refuses a thread that runs an event loop, as a notebook's does.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
