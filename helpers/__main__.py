@@ -1,15 +1,14 @@
 """The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
-import contextlib
 import json
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from helpers import bounds, files, packages
+from helpers.quiet import progress_on
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, bounds.STATUS, 130
 
@@ -97,8 +96,7 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         found = explain.explain(path, opt_level=level, parity=parity, **choice)
         if arguments.what_if:
             levels = [one for one in explain.LEVELS if one != level]
-            with contextlib.redirect_stdout(sys.stderr):  # its progress
-                found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+            found.what_if = explain.what_if(path, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, found)
     status = FAILED if found.parity and not found.parity.held else DONE
@@ -109,8 +107,7 @@ def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import fuse
 
     path = files.check(arguments.model)
-    with contextlib.redirect_stdout(sys.stderr):  # its progress
-        done = fuse.fuse(path, arguments.out, target=arguments.target, inputs=arguments.inputs)
+    done = fuse.fuse(path, arguments.out, target=arguments.target, inputs=arguments.inputs)
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
@@ -227,10 +224,8 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
     models = getattr(parsed, "models", None) or [parsed.model]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # libraries log what they then raise
     try:
-        with bounds.bounded(models):
+        with progress_on(sys.stderr), bounds.bounded(models):
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
@@ -244,8 +239,6 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
         line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT
-    finally:
-        logging.disable(disabled)
     try:
         print(json.dumps(answer) if parsed.json else text, flush=True)
         if wait := getattr(parsed, "wait", None):

@@ -5,6 +5,7 @@ made from. What cannot be made is a contender with a reason, a row of the table 
 """
 
 import dataclasses
+import logging
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ import onnx_ir as ir
 
 from helpers import files, graph
 from helpers.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 
 class Look(NamedTuple):
@@ -205,7 +208,7 @@ def _made(
     """The file that `make` writes, as a contender; or the reason why there is none."""
     source = Path(source).absolute()
     target = source.with_stem(f"{source.stem}_{kind}{setting}")
-    print(f"making {target.name} …", flush=True)
+    logger.info(f"making {target.name} …")
     try:
         with quiet():
             make(target)

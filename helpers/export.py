@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 
 from helpers import files, graph
 from helpers.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 # Route → opset. `torchscript` is what exports looked like for years; the other two are made by
 # transformers' own exporter, built on torch.onnx.export(dynamo=True).
@@ -65,7 +68,7 @@ def export(
     """
     if route not in ROUTES:
         raise ValueError(f"route {route!r}: expected one of {', '.join(ROUTES)}")
-    print(f"exporting by {route} …", flush=True)
+    logger.info(f"exporting by {route} …")
     start = time.perf_counter()
     with quiet():
         save = _torchscript if route == "torchscript" else _transformers

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from hypothesis import strategies as st
 
 from helpers import files
 from helpers.__main__ import main
-from helpers.files import writing
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -292,7 +292,7 @@ def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(writing.tempfile, "mkdtemp", denied)
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)
     with pytest.raises(files.BadInput, match="can be written to, found: Read-only file system"):
         files.save(ir.load(write(tmp_path / "a.onnx")), tmp_path / "b.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]

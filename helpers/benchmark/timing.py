@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -17,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from helpers.benchmark.results import Measured, Result
 from helpers.contenders import Contender
 from helpers.workers.worker import Failed, Worker, memory
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf")
@@ -89,7 +88,7 @@ def run(
     files.give_back()
     for number, group in enumerate(groups):
         if progress:
-            print(f"group {number + 1} of {len(groups)}: {len(group)} contenders", flush=True)
+            logger.info(f"group {number + 1} of {len(groups)}: {len(group)} contenders")
         for case, found in _timed(
             group, cases, by_case, repeats, threads, timeout, progress, failed
         ):
@@ -171,7 +170,7 @@ def _timed(
                         receive([label])
                         seconds[label].append(answers[label]["seconds"])
                 if progress and ((number + 1) % 5 == 0 or number + 1 == rounds[case]):
-                    print(f"{case}: round {number + 1} of {rounds[case]}", flush=True)
+                    logger.info(f"{case}: round {number + 1} of {rounds[case]}")
             failed[case].update(reasons)
             yield (
                 case,

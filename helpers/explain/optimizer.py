@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import tempfile
 import traceback
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from helpers.explain.optimizer_watch import Call, Watch
 from helpers.explain.reasons import Check, Explanation, Reason, Verdict
 from helpers.explain.verdicts import judged
 from helpers.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
 
@@ -156,7 +159,7 @@ def what_if(
     rows = []
     for label, path in named.items():
         for level in opt_levels:
-            print(f"{label} at opt_level {level} …", flush=True)
+            logger.info(f"{label} at opt_level {level} …")
             found = explain(path, model_type, opt_level=level, parity=True, **choice)
             fused = sum(site.fused for site in found.sites)
             rows.append(

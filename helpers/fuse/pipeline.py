@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from helpers.fuse import (
 )
 from helpers.graph import external, repairs
 from helpers.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 OPSET = 23  # the first with Attention
 TARGETS = ("portable", "cpu")
@@ -139,7 +142,7 @@ def fuse(
             if said := _does_not_load(draft):
                 answer.parity.reason, answer.at_fault = said, "the file as a whole"
                 raise _NotHeld
-            print("comparing …", flush=True)
+            logger.info("comparing …")
             cases, answer.inputs = feeds.read(inputs, draft if report.repaired else path)
             reference = _reference(path, report)
             compared = parity.compare(reference, [draft], cases, answer.inputs)
@@ -280,7 +283,7 @@ def _bisect(
     low, high = 0, len(names)  # after `low` steps it holds, after `high` it does not
     while high - low > 1:
         middle = (low + high) // 2
-        print(f"looking for the step at fault: {middle} of {len(names)} …", flush=True)
+        logger.info(f"looking for the step at fault: {middle} of {len(names)} …")
         with files.scratch(out) as draft:
             files.write(_stepped(path, target, _Report(), middle), draft)
             held = parity.compare(reference, [draft], cases, "").held

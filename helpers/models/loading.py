@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import operator
 import urllib.request
 import wave
@@ -26,6 +27,8 @@ from helpers.models.published import ARCHITECTURES, Architecture
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     import torch
     import transformers
+
+logger = logging.getLogger(__name__)
 
 SPEECH = Path(__file__).parents[2] / "assets" / "speech.wav"
 SAMPLE_RATE = 16_000  # Hz
@@ -157,7 +160,7 @@ def _from_hub(architecture: Architecture) -> Path | None:
         urllib.request.urlopen(hub, timeout=5).close()
     except OSError:
         return None
-    print(f"downloading {architecture.repository} …", flush=True)
+    logger.info(f"downloading {architecture.repository} …")
     with _without_bars():
         fetched = Path(snapshot())
     return fetched if any(fetched.glob("*.safetensors")) else None
