@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from helpers import bounds, files, packages
+from helpers.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from helpers.quiet import progress_on
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, bounds.STATUS, 130
 
 
 class _Parser(argparse.ArgumentParser):
