@@ -59,7 +59,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import feeds, parity
 
-    reference, *candidates = [files.check(path) for path in arguments.models]
+    reference, *candidates = [files.checked(path) for path in arguments.models]
     if not candidates:
         raise files.BadInput(
             f"{reference}: expected two models or more, found one; name what to compare it with"
@@ -105,8 +105,8 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import fuse
 
-    path = files.check(arguments.model)
-    done = fuse.fuse(path, arguments.out, target=arguments.target, inputs=arguments.inputs)
+    model = files.checked(arguments.model)
+    done = fuse.fuse(model, arguments.out, target=arguments.target, inputs=arguments.inputs)
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 

@@ -36,12 +36,12 @@ _WORDS = {  # of the description, by padding
 }
 
 
-def infer(path: str | Path) -> tuple[list[Feed], str]:
-    """Feeds for the model at `path`, and in one line what was inferred.
+def infer(model: str | Path | files.Opened) -> tuple[list[Feed], str]:
+    """Feeds for `model`, a file or what has been read of it, and in one line what was inferred.
 
     Raises `files.BadInput` where an input cannot be inferred, or the model runs on nothing tried.
     """
-    trial = Trial(Path(path).absolute())
+    trial = Trial(files.Opened.of(model))
     try:
         making = _Making(trial)
         return making.feeds(), making.description()

@@ -12,7 +12,7 @@ floats     none of these: normal numbers
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +123,10 @@ class Input:
         return f"{self} {what}"
 
 
-def read(model: ir.Model, path: Path) -> list[Input]:
+def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input]:
     """The inputs of `model`, which is the one at `path`, with the role of each.
+
+    `sites` are the attention sites of `model`, whose shapes are inferred where that is needed.
 
     Raises `files.BadInput` where one is no tensor of known type and rank.
     """
@@ -142,7 +144,7 @@ def read(model: ir.Model, path: Path) -> list[Input]:
     for one in found:
         if not one.is_float and one.dtype.kind != "b":
             one.special = _compared(values[one.name])
-    paths = _score_paths(model)
+    paths = _score_paths(sites)
     for one in found:
         one.role = _role(one, values[one.name], paths)
     if any(one.indexes for one in found):  # what it indexes may be a table of unknown shape
@@ -346,7 +348,7 @@ def _rotates(value: ir.Value) -> bool:
     )
 
 
-def _score_paths(model: ir.Model) -> set[tuple[ir.Node, int]]:
+def _score_paths(sites: Sequence[graph.Site]) -> set[tuple[ir.Node, int]]:
     """Where something meets the scores of an attention site, or its weights, beside them: node, and
     input.
 
@@ -354,7 +356,7 @@ def _score_paths(model: ir.Model) -> set[tuple[ir.Node, int]]:
     with the values, or at an operator's own mask.
     """
     found = set()
-    for site in graph.sites(model):
+    for site in sites:
         masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
         found |= {(site.node, at) for at in masks}
         for start in (site.scores, site.node) if site.scores is not None else ():

@@ -13,32 +13,33 @@ from helpers.feeds.inputs import Input
 from helpers.feeds.scores import Scores
 
 
-def read(npz: str | Path | None, path: str | Path) -> tuple[list[Feed], str]:
+def read(npz: str | Path | None, model: str | Path | files.Opened) -> tuple[list[Feed], str]:
     """What `load` gives, or where there is no file `npz`, what `infer` does."""
-    return load(npz, path) if npz else infer(path)
+    return load(npz, model) if npz else infer(model)
 
 
-def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
-    """The feed in the file `npz`, an array for each input of the model, and a description.
+def load(npz: str | Path, model: str | Path | files.Opened) -> tuple[list[Feed], str]:
+    """The feed in the file `npz`, an array for each input of `model`, and a description.
 
     Raises `files.BadInput` on a file that is none, and on names, types, ranks or fixed sizes that
     are not the model's, and ids outside of the table that they index.
     """
-    npz, path = Path(npz), Path(path).absolute()
+    npz, opened = Path(npz), files.Opened.of(model)
     arrays = _arrays(npz)
-    model = graph.load(path, weights=False)
-    wanted = inputs.read(model, path)
+    inner = opened.model.clone()  # whose shapes are inferred
+    sites = graph.sites(inner)
+    wanted = inputs.read(inner, opened.path, sites)
     names = [one.name for one in wanted]
     if set(arrays) != set(names):
         raise files.BadInput(
             f"{npz}: expected arrays {', '.join(names)}, found {', '.join(arrays) or 'none'};"
-            f" name them as the inputs of {path.name}"
+            f" name them as the inputs of {opened.path.name}"
         )
     _check(npz, wanted, arrays)
     masks = [one for one in wanted if one.is_mask]
     masked = settled = None
     if masks:
-        with closing(Scores(path)) as scores:
+        with closing(Scores(opened, sites)) as scores:
             masked = _masked(scores, arrays)
             settled = scores.settled(arrays, masked)
     keys = {

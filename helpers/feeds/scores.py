@@ -8,6 +8,7 @@ since nothing inside of a branch can be given out; so each choice of branches ha
 
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,17 @@ Arrays = dict[str, np.ndarray]
 
 
 class Scores:
-    """Runs the model at `path` for the scores of its attention sites.
+    """Runs the model at `path` for the scores of its attention sites, which are `sites` if they are
+    known.
 
     `branches` has, for each If by name, the values that its condition has had in the runs so far.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path | files.Opened, sites: Sequence[graph.Site] | None = None
+    ) -> None:
         self.path = Path(path).absolute()
+        self._sites = sites
         self.branches: dict[str, set[bool]] = {}
         self._sessions: dict[tuple[bool, ...], _Exposed] = {}
         self._proto, self._folder = external.read(self.path)
@@ -91,7 +96,8 @@ class Scores:
             while left and (count := len(_branchings(proto))):
                 _choose(proto, left[:count])
                 left = left[count:]
-            self._sessions[choice] = _Exposed(proto, self._folder)
+            known = self._sites if proto is self._proto else None  # others are in a branch
+            self._sessions[choice] = _Exposed(proto, self._folder, known)
             if proto is self._proto:
                 self._proto = onnx.ModelProto()  # nothing branches: its session is the only one
         return self._sessions[choice]
@@ -124,14 +130,16 @@ class _Site:
 class _Exposed:
     """A session on `proto` that gives out scores and outputs, or conditions of what branches."""
 
-    def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
+    def __init__(
+        self, proto: onnx.ModelProto, folder: Path, sites: Sequence[graph.Site] | None
+    ) -> None:
         self.conditions = [
             (node.name or node.output[0], node.input[0]) for node in _branchings(proto)
         ]
         given = {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
         self.outputs = [one.name for one in proto.graph.output if one.name not in given]
         self.types: dict[str, np.dtype] = {}  # of what is added
-        self.sites = [] if self.conditions else self._expose(proto)
+        self.sites = [] if self.conditions else self._expose(proto, sites)
         reads = [name for _, name in self.conditions]
         for site in self.sites:
             reads += operator_masks.reads(site.operator) if site.operator else [site.scores]
@@ -149,11 +157,13 @@ class _Exposed:
             del proto.graph.value_info[:]
             self.session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
 
-    def _expose(self, proto: onnx.ModelProto) -> list[_Site]:
+    def _expose(self, proto: onnx.ModelProto, sites: Sequence[graph.Site] | None) -> list[_Site]:
         """The sites that tell what they mask, each with an input that is added to its result."""
+        if sites is None:
+            sites = graph.sites(graph.inline(ir.from_proto(proto)))
         made = {name: node for node in proto.graph.node for name in node.output}
         found = []
-        for site in graph.sites(graph.inline(ir.from_proto(proto))):
+        for site in sites:
             result = (site.context or site.node).outputs[0]
             node = made.get(site.node.outputs[0].name)
             if node is None or result.name not in made:

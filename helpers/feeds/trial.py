@@ -4,7 +4,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -23,25 +22,26 @@ Flags = dict[str, int]
 
 
 class Trial:
-    """The model at `path`, with what its inputs hold, a session, and the scores of its sites.
+    """A model with what its inputs hold, a session, and the scores of its sites.
 
     Raises `files.BadInput` where an input is none that can be inferred, or the model does not load.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.model = graph.load(path, weights=False)
-        self.inputs = inputs.read(self.model, path)
+    def __init__(self, opened: files.Opened) -> None:
+        self.path = opened.path
+        self.model = opened.model.clone()  # whose shapes are inferred
+        sites = graph.sites(self.model)
+        self.inputs = inputs.read(self.model, self.path, sites)
         for one in self.inputs:
             if one.indexes or (one.dtype.kind not in "fiub" and not one.is_float):
                 raise files.BadInput(
-                    f"{path}: expected inputs that can be inferred (ids, masks, floats), found"
+                    f"{self.path}: expected inputs that can be inferred (ids, masks, floats), found"
                     f" {one}; give --inputs FEEDS.npz"
                 )
         self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
         self.sizes = Sizes(self.inputs)
-        self.session = _session(path)
-        self.scores = Scores(path)
+        self.session = _session(opened)
+        self.scores = Scores(opened, sites)
         self.masks = [one for one in self.inputs if one.is_mask]
         self.flags = [one for one in self.inputs if one.role == "flag"]
 
@@ -193,15 +193,15 @@ class Trial:
         self.masks = [one for one in self.masks if one.is_mask]
 
 
-def _session(path: Path) -> ort.InferenceSession:
+def _session(opened: files.Opened) -> ort.InferenceSession:
     """A session as users make it, or where what it optimises cannot be loaded, as it is."""
     try:
-        return files.session(path)
+        return opened.session()
     except Exception:  # ONNX Runtime's own types
         try:
-            return files.session(path, optimise=False)
+            return opened.session(optimise=False)
         except Exception as error:
-            raise files.refused(path, error) from None
+            raise files.refused(opened.path, error) from None
 
 
 def _node(error: Exception) -> str:

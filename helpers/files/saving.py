@@ -15,9 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from helpers.errors import BadInput
-from helpers.files.refusals import raised as raised
 from helpers.files.refusals import refused
-from helpers.files.refusals import told as told
 from helpers.files.sessions import session
 from helpers.graph import external
 

@@ -169,6 +169,9 @@ def compare(
     reference fails or gives NaN in rows that are compared, where inputs or outputs do not match,
     and where there is nothing to compare.
     """
+    reference, *candidates = [
+        model if callable(model) else files.Opened.of(model) for model in (reference, *candidates)
+    ]
     plain = Runner(reference, optimise=False)
     cases, passed = _cases(plain, rows.with_masked(feeds, [reference, *candidates]))
     if passed:
@@ -235,13 +238,13 @@ class _Judge:
         self.noise: dict[str, float] = {}
         self.cap: dict[str, float] = {}
         self.rounding: dict[str, float] | None = None
-        if plain.path is not None and tolerance is None:
+        if plain.opened is not None and tolerance is None:
             self._measure_noise()
 
     def _measure_noise(self) -> None:
         """How far the reference differs from itself, optimised and not, by output."""
         try:
-            optimised = Runner(self.plain.path)
+            optimised = Runner(self.plain.opened)
         except Exception:  # ONNX Runtime's own types: what it optimises cannot be loaded
             return
         for case in self.cases:
@@ -256,7 +259,7 @@ class _Judge:
         optimised.close()
         if self.eight_bits:
             tried = [(one.feed, one.outputs, one.kept) for one in self.cases[:4]]
-            self.cap = precision.with_scores_off(self.plain.path, tried)
+            self.cap = precision.with_scores_off(self.plain.opened, tried)
 
     def judged(self, model: Model) -> Candidate:
         first = self._judged(model, optimise=not self.eight_bits)
@@ -272,7 +275,7 @@ class _Judge:
         except Exception as error:  # ONNX Runtime's own types
             reason = f"does not load: {files.told(error)}"
             return Candidate(str(model), False, float("inf"), reason=reason)
-        both_files = other.path is not None and self.plain.path is not None
+        both_files = other.opened is not None and self.plain.opened is not None
         if both_files and other.inputs != self.plain.inputs:
             raise files.BadInput(
                 f"{other.name}: expected the inputs of {self.plain.name}"
@@ -352,12 +355,12 @@ class _Judge:
     def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
         """What rounding of the scores grows to in the output `name`: measured when a difference
         asks for it."""
-        if self.plain.path is None or self.tolerance is not None or values.dtype.kind != "f":
+        if self.plain.opened is None or self.tolerance is not None or values.dtype.kind != "f":
             return 0.0
         if self.rounding is None:
             tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
             by = precision.STEPPED if self.eight_bits else precision.ROUNDED
-            self.rounding = precision.with_scores_rounded(self.plain.path, tried, by)
+            self.rounding = precision.with_scores_rounded(self.plain.opened, tried, by)
         grown = GROWN * self.rounding.get(name, 0.0) * precision.spread(values)
         return min(grown, self._most(candidate, name, values))
 
@@ -373,7 +376,7 @@ class _Judge:
 
 def _read(runner: Runner) -> tuple[str, bool]:
     """What a model computes in, and whether that is 8 bits anywhere; a function's is not known."""
-    return precision.read(runner.path) if runner.path else ("float32", False)
+    return precision.read(runner.opened.model) if runner.opened else ("float32", False)
 
 
 def _listed(inputs: dict[str, str]) -> str:

@@ -34,11 +34,10 @@ _QUANTISED = {
 }
 
 
-def read(path: Path) -> tuple[str, bool]:
-    """The least precise float type that the model at `path` computes in, by name, and whether it
-    computes in 8 bits anywhere. What is rounded to a type on the way is computed in it; weights
-    that are only kept in one are not."""
-    model = graph.load(path, weights=False)
+def read(model: ir.Model) -> tuple[str, bool]:
+    """The least precise float type that `model` computes in, by name, and whether it computes in 8
+    bits anywhere. What is rounded to a type on the way is computed in it; weights that are only
+    kept in one are not."""
     computed = graph.from_input(model)
     types: dict[ir.Value, ir.DataType | None] = {}
     least, eight_bits = "float32", False
