@@ -63,7 +63,9 @@ class _Making:
 
     def __init__(self, trial: Trial) -> None:
         self.trial, self.sizes = trial, trial.sizes
-        self.windows = reach.windows(trial.model)
+        positions = reach.positions(trial.model)
+        self.windows = reach.windows(trial.model, positions)
+        self.tables = reach.tables(trial.model, positions)
         self.rows = reach.table(trial.model)
         operators = {node.op_type for node in graph.nodes(trial.model)}
         self.scaled_together = not operators.isdisjoint(_SCALED_TOGETHER)
@@ -138,7 +140,7 @@ class _Making:
         for window in self.windows:
             if window >= self.reached:
                 self.notes.append(f"a window of {window} is not reached")
-        for rows in reach.tables(self.trial.model):
+        for rows in self.tables:
             if self.reached < rows - OFFSET:
                 self.notes.append(f"a table of {rows} positions is not reached to its end")
 

@@ -20,6 +20,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers import files, graph
+from helpers.graph import walks
+from helpers.graph.values import finite_number
 
 # What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
 _TABLES = {
@@ -240,7 +242,7 @@ def _lookups(origin: ir.Value, one: Input) -> None:
                 continue
             a, b = factor, offset
             if node.op_type in ("Add", "Sub", "Mul"):
-                number = _number(node.inputs[1 - at])
+                number = finite_number(node.inputs[1 - at])
                 if (number is None and one.is_float) or (node.op_type == "Sub" and at == 1):
                     continue
                 if number is not None and node.op_type == "Mul":
@@ -252,7 +254,7 @@ def _lookups(origin: ir.Value, one: Input) -> None:
                 elif node.op_type == "Mul":
                     continue
             if node.op_type == "Mod" and at == 0:  # within bounds by itself: once around
-                wraps = 2 * int(_number(node.inputs[1]) or 0)
+                wraps = 2 * int(finite_number(node.inputs[1]) or 0)
             integer = whole
             if node.op_type == "Cast":
                 integer = not ir.DataType(node.attributes.get_int("to", 1)).is_floating_point()
@@ -278,7 +280,7 @@ def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
                 size if isinstance(size, int) else None for size in shape[first : first + last[-1]]
             )
     if node.op_type == "OneHot" and at == 0:
-        depth = _number(node.inputs[1])
+        depth = finite_number(node.inputs[1])
         yield None if depth is None else int(depth)
     if node.op_type == "RotaryEmbedding":
         table = {("", 3): 1, (graph.MICROSOFT, 1): 2}.get((node.domain, at))
@@ -287,32 +289,25 @@ def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
             yield shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
-def _number(value: ir.Value | None) -> float | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.size != 1:
-        return None
-    return float(tensor.numpy().ravel()[0])
-
-
 _THROUGH = _SHAPING | _ELEMENTWISE | _REDUCING
 
 
 def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.Node, int]]:
     """Every use of what is made of `origin` by the operators `through` alone: node and input."""
-    queue, seen = [origin], set()
-    while queue:
-        for node, at in queue.pop().uses():
-            yield node, at
-            if node.op_type in through and node not in seen:
-                seen.add(node)
-                queue.extend(node.outputs)
+
+    def following(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
+        node, _ = use
+        made = node.outputs if node.op_type in through else ()
+        return [further for value in made for further in value.uses()]
+
+    return walks.walk(origin.uses(), following)
 
 
 def _compared(value: ir.Value) -> tuple[int, ...]:
     """The numbers that an input of integers is compared with, or those next to them."""
     found: set[int] = set()
     for node, at in _sinks(value, _SHAPING):
-        number = _number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
+        number = finite_number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
         if number is not None:
             above = {"Greater": 1, "Less": -1}.get(node.op_type, 0) * (1 if at == 0 else -1)
             found.add(int(number) + above)
@@ -335,7 +330,7 @@ def flag_values(model: ir.Model, one: Input) -> list[int]:
     compared = {
         int(number) + more
         for node, at in _sinks(value)
-        if node.op_type in _COMPARING and (number := _number(node.inputs[1 - at])) is not None
+        if node.op_type in _COMPARING and (number := finite_number(node.inputs[1 - at])) is not None
         for more in (-1, 0, 1)
     }
     return sorted({0, 1} | compared)[:8]
@@ -358,15 +353,25 @@ def _score_paths(sites: Sequence[graph.Site]) -> set[tuple[ir.Node, int]]:
     found = set()
     for site in sites:
         masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
-        found |= {(site.node, at) for at in masks}
+        found |= {(site.node, position) for position in masks}
         for start in (site.scores, site.node) if site.scores is not None else ():
-            below, queue = set(start.outputs), [*start.outputs]
-            while queue:
-                for user in queue.pop().consumers():
-                    if user is site.node or user.op_type not in _SHAPING | _ELEMENTWISE:
-                        continue
-                    found |= {(user, at) for at, v in enumerate(user.inputs) if v not in below}
-                    fresh = [value for value in user.outputs if value not in below]
-                    below.update(fresh)
-                    queue += fresh
+            found |= {*_beside(start, site.node)}
     return found
+
+
+def _beside(start: ir.Node, softmax: ir.Node) -> Iterator[tuple[ir.Node, int]]:
+    """Where something else meets what `start` gives, on the way to `softmax` or a product."""
+
+    def following(node: ir.Node) -> list[ir.Node]:
+        return [
+            user
+            for user in walks.consumers(node)
+            if user is not softmax and user.op_type in _SHAPING | _ELEMENTWISE
+        ]
+
+    below = [*walks.walk([start], following)]
+    computed = {value for node in below for value in node.outputs}
+    for node in below[1:]:
+        for position, value in enumerate(node.inputs):
+            if value not in computed:
+                yield node, position

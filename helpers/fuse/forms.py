@@ -1,8 +1,11 @@
 """What `attention` recognises around the scores: one function for each form that takes a look."""
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.graph import walks
 from helpers.graph.values import NOTHING, constant, dim, number, rank
 
 _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
@@ -59,13 +62,13 @@ def unwrapped(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
 
 def above(value: ir.Value, within: set[ir.Value]) -> set[ir.Node]:
     """The nodes among those that make `within` that `value` is computed by."""
-    found, queue = set(), [value]
-    while queue:
-        node = queue.pop().producer()
-        if node is not None and node not in found and not within.isdisjoint(node.outputs):
-            found.add(node)
-            queue += [one for one in node.inputs if one is not None]
-    return found
+
+    def inside(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+        return [node for node in nodes if not within.isdisjoint(node.outputs)]
+
+    start = value.producer()
+    starts = inside([start] if start is not None else [])
+    return {*walks.walk(starts, lambda node: inside(walks.producers(node)))}
 
 
 def named(softmax: ir.Node) -> str:

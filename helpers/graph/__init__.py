@@ -1,7 +1,6 @@
 """Graphs: reading them, walking them, their attention sites, cut-outs, what is known of a value."""
 
 from helpers.graph.attention_sites import (
-    ELEMENTWISE,
     FUSED,
     Site,
     equation,
@@ -27,6 +26,7 @@ from helpers.graph.reading import (
     origin,
     without_weights,
 )
+from helpers.graph.values import ELEMENTWISE
 from helpers.graph.walks import neighbours
 
 __all__ = [

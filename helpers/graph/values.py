@@ -1,10 +1,18 @@
 """What is known of a value without running the graph: constants, ranks, sizes of axes."""
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
-from helpers.graph.attention_sites import ELEMENTWISE
-
+# Operators that leave each score, or each weight, at its place on the last axes.
+ELEMENTWISE = {
+    *("Add", "Cast", "CastLike", "Clip", "Div", "Dropout", "Expand", "Identity", "Max", "Min"),
+    *("Mul", "Pow", "Sub", "Sum", "Tanh", "Where", "DequantizeLinear", "QuantizeLinear"),
+    *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
+    *("Softsign", "Sqrt", "Swish"),
+}
 _FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 SHAPE_UP_TO = 64  # elements of a constant that may be a shape
 FILLED_UP_TO = 2**20  # elements of one that may be a number, repeated
@@ -18,27 +26,48 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number that `value` is filled with, whatever its shape; None where that is not known."""
+    """The number that `value` is filled with, whatever its shape; None where that is not known.
+
+    It is looked for behind casts and shapes, and what Mul, Neg and Not make of numbers.
+    """
     node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "ConstantOfShape":
+    kind = node.op_type if node is not None else ""
+    if kind == "ConstantOfShape":
         filled = node.attributes.get_tensor("value", None)
         return 0.0 if filled is None else float(filled.numpy().flat[0])
-    if node is not None and node.op_type in _FILLED:
-        found = number(node.inputs[0])
-        to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
-        if found is None or not to or ir.DataType(to).is_floating_point():
-            return found
-        return float(bool(found) if to == ir.DataType.BOOL else int(found))
-    if node is not None and node.op_type in ("Mul", "Not"):
-        factors = [number(one) for one in node.inputs]
+    if kind in _FILLED:
+        return _cast(node, number(node.inputs[0]))
+    if kind in ("Mul", "Neg", "Not"):
+        factors = [number(operand) for operand in node.inputs]
         if None in factors:
             return None
-        return factors[0] * factors[1] if node.op_type == "Mul" else float(not factors[0])
+        return {"Mul": math.prod(factors), "Neg": -factors[0], "Not": float(not factors[0])}[kind]
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     if tensor is None or not 0 < tensor.size <= FILLED_UP_TO:
         return None
-    array = tensor.numpy()
+    if tensor.dtype == ir.DataType.STRING:
+        return None
+    try:
+        array = tensor.numpy()
+    except FileNotFoundError:  # left out, with the large weights
+        return None
     return float(array.flat[0]) if (array == array.flat[0]).all() else None
+
+
+def _cast(node: ir.Node, given: float | None) -> float | None:
+    """What a Cast makes of the number `given`; any other node leaves it."""
+    to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
+    if given is None or not to or ir.DataType(to).is_floating_point():
+        return given
+    if to == ir.DataType.BOOL:
+        return float(bool(given))
+    return float(int(given)) if math.isfinite(given) else None
+
+
+def finite_number(value: ir.Value | None) -> float | None:
+    """What `number` gives, if that is finite."""
+    given = number(value)
+    return given if given is not None and math.isfinite(given) else None
 
 
 def root(value: ir.Value) -> ir.Value:
@@ -46,6 +75,12 @@ def root(value: ir.Value) -> ir.Value:
     while (node := value.producer()) is not None and node.op_type in _FILLED:
         value = node.inputs[0]
     return value
+
+
+def stated_rank(*values: ir.Value | None) -> int | None:
+    """The number of axes of the first of `values` whose shape is stated; None where none is."""
+    stated = (value.shape for value in values if value is not None)
+    return next((len(shape) for shape in stated if shape is not None), None)
 
 
 def rank(value: ir.Value | None) -> int | None:
