@@ -36,18 +36,19 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "opset": dict(model.opset_imports),
         "nodes": sum(operators.values()),
         "operators": operators,
-        "sites": [{"name": s.name, "fused": s.fused, "layer": s.layer} for s in sites],
+        "sites": [{"name": site.name, "fused": site.fused, "layer": site.layer} for site in sites],
         "notes": notes,
     }
     opsets = ", ".join(f"{name or 'ai.onnx'} {opset}" for name, opset in answer["opset"].items())
     fused = sum(site.fused for site in sites)
     width = max((len(site.name) for site in sites), default=0)
+    states = [("fused  " if site.fused else "unfused", site) for site in sites]
     lines = [
         f"{arguments.model}: opset {opsets}; {answer['nodes']} nodes",
         f"{len(sites)} attention {'site' if len(sites) == 1 else 'sites'}, {fused} fused",
         *(
-            f"  {'fused  ' if s.fused else 'unfused'}  {s.name:<{width}}  {s.layer or ''}".rstrip()
-            for s in sites
+            f"  {state}  {site.name:<{width}}  {site.layer or ''}".rstrip()
+            for state, site in states
         ),
         *(f"note: {note}" for note in notes),
         "operators",

@@ -277,5 +277,7 @@ def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:
         clip = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32)
     samples = len(clip) if seconds is None else int(seconds * SAMPLE_RATE)
     starts = np.arange(batch) * (len(clip) // batch)
-    rows = np.stack([np.take(clip, np.arange(s, s + samples), mode="wrap") for s in starts])
+    rows = np.stack(
+        [np.take(clip, np.arange(start, start + samples), mode="wrap") for start in starts]
+    )
     return (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-7)
