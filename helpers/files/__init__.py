@@ -3,8 +3,8 @@
 from helpers.errors import BadInput
 from helpers.files.checking import SLOW, check, data, size
 from helpers.files.refusals import raised, refused, told
+from helpers.files.saving import ONE_FILE, replacing, save, scratch, write, writing
 from helpers.files.sessions import give_back, session
-from helpers.files.writing import ONE_FILE, replacing, save, scratch, write, writing
 
 __all__ = [
     "ONE_FILE",

@@ -49,7 +49,7 @@ def off_the_top(node: ir.Node) -> bool:
     return last and top.attributes.get_int("keepdims", 1) == keeps
 
 
-def root(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
+def unwrapped(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
     """What a condition was made of, and whether it must hold or not."""
     while (node := condition.producer()) is not None and node.op_type in _CONDITIONS:
         holds ^= node.op_type == "Not"

@@ -11,7 +11,7 @@ from helpers.graph.attention_sites import (
 )
 from helpers.graph.cutting import block, cut_out
 from helpers.graph.reading import (
-    LARGE,
+    LEFT_OUT_ABOVE,
     MICROSOFT,
     STANDARD,
     counts,
@@ -32,7 +32,7 @@ from helpers.graph.walks import neighbours
 __all__ = [
     "ELEMENTWISE",
     "FUSED",
-    "LARGE",
+    "LEFT_OUT_ABOVE",
     "MICROSOFT",
     "STANDARD",
     "Site",

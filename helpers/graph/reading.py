@@ -12,7 +12,9 @@ from onnx_ir.passes import common as passes
 
 from helpers.graph import external
 
-LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+LEFT_OUT_ABOVE = (
+    2**16
+)  # bytes of a weight above which its values are left out where they do not matter
 
 _LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
 
@@ -88,7 +90,7 @@ def _mend_shape(value: ir.Value) -> None:
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model in which tensors above 64 KB have no values; `proto` loses them too."""
     for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) > LARGE:
+        if len(tensor.raw_data) > LEFT_OUT_ABOVE:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="left out")

@@ -6,15 +6,15 @@ import onnx_ir as ir
 from helpers.graph.attention_sites import ELEMENTWISE
 
 _FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-SMALL = 64  # elements of a constant that may be a shape
-LARGE = 2**20  # elements of one that may be a number, repeated
+SHAPE_UP_TO = 64  # elements of a constant that may be a shape
+FILLED_UP_TO = 2**20  # elements of one that may be a number, repeated
 NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The values of a small constant; None where it is computed, or a weight."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None or tensor.size > SMALL else tensor.numpy()
+    return None if tensor is None or tensor.size > SHAPE_UP_TO else tensor.numpy()
 
 
 def number(value: ir.Value | None) -> float | None:
@@ -35,7 +35,7 @@ def number(value: ir.Value | None) -> float | None:
             return None
         return factors[0] * factors[1] if node.op_type == "Mul" else float(not factors[0])
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or not 0 < tensor.size <= LARGE:
+    if tensor is None or not 0 < tensor.size <= FILLED_UP_TO:
         return None
     array = tensor.numpy()
     return float(array.flat[0]) if (array == array.flat[0]).all() else None

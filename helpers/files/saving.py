@@ -27,7 +27,7 @@ DRAFT = ".writing-"  # how the folder begins in which a file is written before i
 
 LOCK = "lock"  # the file in it that is locked by who writes there
 
-LARGE = 2**16  # bytes of a weight that is written by itself
+WRITTEN_ALONE_ABOVE = 2**16  # bytes of a weight that is written by itself
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
 
@@ -153,7 +153,7 @@ def write(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    external.bring_in(model, up_to=LARGE)  # what is larger is copied as it is written
+    external.bring_in(model, up_to=WRITTEN_ALONE_ABOVE)  # what is larger is copied as it is written
     if weights > ONE_FILE:
         ir.save(model, path, external_data="weights.data")
     else:
@@ -167,7 +167,7 @@ def _write_one(model: ir.Model, path: Path) -> None:
         value
         for value in initializers.values()
         if value.const_value is not None
-        and value.const_value.nbytes > LARGE
+        and value.const_value.nbytes > WRITTEN_ALONE_ABOVE
         and value.dtype != ir.DataType.STRING
     ]
     for value in large:
