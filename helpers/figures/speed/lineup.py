@@ -11,6 +11,28 @@ from helpers.contenders import Contender
 from helpers.figures.speed.models import Arrays, Model
 
 
+# An export: its route, and the attention implementation of the module.
+Export = tuple[str, str]
+EAGER, SDPA = ("torchscript", "eager"), ("torchscript", "sdpa")
+DYNAMO, OPSET23 = ("dynamo", "sdpa"), ("opset23", "sdpa")
+
+
+def _exports(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path
+) -> tuple[dict[Export, Path], dict[Path, str]]:
+    """The file of each export in `folder`, and the reasons of those that the exporter refused."""
+    paths: dict[Export, Path] = {}
+    failed: dict[Path, str] = {}
+    for route, attention in (EAGER, SDPA, DYNAMO, OPSET23):
+        paths[route, attention] = path = folder / f"{route}_{attention}.onnx"
+        module.set_attn_implementation(attention)
+        try:
+            export.export(module, tensors, path, route)
+        except Exception as error:  # whatever an exporter raises is the reason
+            failed[path] = f"no export: {type(error).__name__}: {error}"[:240]
+    return paths, failed
+
+
 def prepare(
     model: Model, lengths: Sequence[int], folder: Path, ours: Sequence[str]
 ) -> list[Contender]:
@@ -23,17 +45,7 @@ def prepare(
     module = models.stand_in(model.model, config)
     example = model.inputs(2, lengths[0] if model.fixed else min(lengths))
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
-    paths: dict[tuple[str, str], Path] = {}
-    failed: dict[Path, str] = {}
-    eager, sdpa = ("torchscript", "eager"), ("torchscript", "sdpa")
-    dynamo, opset23 = ("dynamo", "sdpa"), ("opset23", "sdpa")
-    for route, attention in (eager, sdpa, dynamo, opset23):
-        paths[route, attention] = path = folder / f"{route}_{attention}.onnx"
-        module.set_attn_implementation(attention)
-        try:
-            export.export(module, tensors, path, route)
-        except Exception as error:  # whatever an exporter raises is the reason
-            failed[path] = f"no export: {type(error).__name__}: {error}"[:240]
+    paths, failed = _exports(module, tensors, folder)
     exported = [path for path in paths.values() if path not in failed]
     if not exported:
         raise RuntimeError(f"{model.repository}: no export: {failed}")
@@ -44,7 +56,7 @@ def prepare(
         inferred.append(feeds.Feed("longest", longest, masks))
     judge = Judge(module, inferred, description, exported[0])
 
-    def judged(make: Callable[..., Contender], label: str, kind: str, exported: tuple[str, str]):
+    def judged(make: Callable[..., Contender], label: str, kind: str, exported: Export):
         source = paths[exported]
         if source in failed:
             return Contender(label, kind, reason=failed[source])
@@ -53,12 +65,12 @@ def prepare(
     unfused = functools.partial(contenders.onnx, kind="unfused")
     as_exported = functools.partial(contenders.onnx, kind="opset23")
     return [
-        judged(unfused, "unfused (torchscript, SDPA)", "unfused", sdpa),
-        judged(unfused, "unfused (dynamo, SDPA)", "unfused", dynamo),
+        judged(unfused, "unfused (torchscript, SDPA)", "unfused", SDPA),
+        judged(unfused, "unfused (dynamo, SDPA)", "unfused", DYNAMO),
         best_stock(model, paths, failed, judge),
-        judged(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", dynamo),
-        judged(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", dynamo),
-        judged(as_exported, "opset 23 as exported (SDPA)", "opset23", opset23),
+        judged(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", DYNAMO),
+        judged(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", DYNAMO),
+        judged(as_exported, "opset 23 as exported (SDPA)", "opset23", OPSET23),
         *(
             judged(contenders.fused, f"ours ({route}, SDPA)", "ours", (route, "sdpa"))
             for route in ours
@@ -114,7 +126,7 @@ class Judge:
 
 def best_stock(
     model: Model,
-    paths: Mapping[tuple[str, str], Path],
+    paths: Mapping[Export, Path],
     failed: Mapping[Path, str],
     judge: Callable[[Contender], Contender],
 ) -> Contender:
