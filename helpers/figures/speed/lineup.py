@@ -10,7 +10,6 @@ from helpers import contenders, export, feeds, files, graph, models, parity
 from helpers.contenders import Contender
 from helpers.figures.speed.models import Arrays, Model
 
-
 # An export: its route, and the attention implementation of the module.
 Export = tuple[str, str]
 EAGER, SDPA = ("torchscript", "eager"), ("torchscript", "sdpa")
