@@ -59,7 +59,7 @@ def _count(content: bytes) -> int:
         model = onnx.ModelProto.FromString(content)
     except Exception:  # whatever protobuf raises: it is damaged
         return 0
-    return sum(_nodes(one.node) for one in (model.graph, *model.functions))
+    return sum(_nodes(function.node) for function in (model.graph, *model.functions))
 
 
 def _nodes(nodes: Sequence[onnx.NodeProto]) -> int:
