@@ -52,13 +52,13 @@ def windows(model: ir.Model, positions: set[ir.Value]) -> list[int]:
 
     `positions` are the values that hold them, and the unit of what is returned.
     """
-    found: set[int] = set()
+    lengths: set[int] = set()
     for node in graph.nodes(model):
-        found |= {*_numbers(node, positions)}
+        lengths |= {*_numbers(node, positions)}
         local = node.attributes.get_int("local_window_size", -1)
-        found |= {local, *(_last_bucket(node, positions))}
-        found |= {node.attributes.get_int("left_window_size", -1)}
-    return sorted(one for one in found if SMALLEST <= one < 2**20)
+        lengths |= {local, *(_last_bucket(node, positions))}
+        lengths |= {node.attributes.get_int("left_window_size", -1)}
+    return sorted(length for length in lengths if SMALLEST <= length < 2**20)
 
 
 def positions(model: ir.Model) -> set[ir.Value]:
@@ -147,30 +147,30 @@ def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
 
 def conditions(model: ir.Model) -> set[int]:
     """The sizes that decide which branch of an If runs."""
-    found: set[int] = set()
+    deciding: set[int] = set()
     for node in graph.nodes(model):
         condition = node.inputs[0].producer() if node.op_type == "If" else None
         above = walks.upstream(condition) if condition is not None else ()
         for test in islice(above, CONDITION):
             if test.op_type in _COMPARING | {"Equal"}:
                 numbers = filter(None, map(finite_number, test.inputs))
-                found |= {abs(round(number)) for number in numbers}
-    return found
+                deciding |= {abs(round(number)) for number in numbers}
+    return deciding
 
 
 def tables(model: ir.Model, positions: set[ir.Value]) -> list[int]:
     """How many rows the tables have that are looked up by `positions`, or cut to their number."""
-    found: set[int] = set()
+    lengths: set[int] = set()
     for node in graph.nodes(model):
         if node.op_type in ("Gather", "GatherElements") and node.inputs[1] in positions:
-            found |= {*_rows(node.inputs[0], node.attributes.get_int("axis", 0))}
+            lengths |= {*_rows(node.inputs[0], node.attributes.get_int("axis", 0))}
         elif node.op_type == "Slice" and len(node.inputs) > 2:
             data, end = node.inputs[0], finite_number(node.inputs[2])
             axes = node.inputs[3] if len(node.inputs) > 3 else None
             axis = finite_number(axes) if axes is not None else 0
             if data.is_initializer() and end is None and axis is not None:
-                found |= {*_rows(data, int(axis))}
-    return sorted(one for one in found if one > LARGE_TABLE)
+                lengths |= {*_rows(data, int(axis))}
+    return sorted(rows for rows in lengths if rows > LARGE_TABLE)
 
 
 def _rows(table: ir.Value, axis: int) -> Iterator[int]:
@@ -193,13 +193,13 @@ def table(model: ir.Model) -> int | None:
 def written(model: ir.Model) -> dict[int, list[ir.Node]]:
     """The sizes above 1 that constants give to Reshape and Expand, and to which nodes: one may be a
     length that the exporter wrote into the graph. Most frequent first."""
-    found: dict[int, list[ir.Node]] = {}
+    nodes_by_size: dict[int, list[ir.Node]] = {}
     for node in graph.nodes(model):
         if node.op_type in ("Reshape", "Expand"):
             for size in {*sizes(node.inputs[1])}:
                 if size > 1:
-                    found.setdefault(size, []).append(node)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+                    nodes_by_size.setdefault(size, []).append(node)
+    return dict(sorted(nodes_by_size.items(), key=lambda item: -len(item[1])))
 
 
 def sizes(shape: ir.Value | None) -> Iterator[int]:
@@ -211,4 +211,4 @@ def sizes(shape: ir.Value | None) -> Iterator[int]:
         return
     tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
     if tensor is not None and 0 < tensor.size < 16 and tensor.dtype.is_integer():
-        yield from (int(one) for one in tensor.numpy().ravel())
+        yield from (int(item) for item in tensor.numpy().ravel())

@@ -18,7 +18,7 @@ def keeps_scores(node: ir.Node, at: int) -> bool:
         return None not in bounds and max(bounds) <= NOTHING
     if node.op_type != "Clip" or None in bounds:
         return False
-    return all(abs(one) >= -NOTHING for one in bounds)
+    return all(abs(bound) >= -NOTHING for bound in bounds)
 
 
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
@@ -35,7 +35,7 @@ def swapped_in_three(value: ir.Value) -> ir.Value | None:
         return None
     inner = merge.inputs[0]
     pairs = [(dim(inner, -1), dim(value, -2)), (dim(inner, -2), dim(value, -1))]
-    return inner if all(one == other or None in (one, other) for one, other in pairs) else None
+    return inner if all(size == other or None in (size, other) for size, other in pairs) else None
 
 
 def off_the_top(node: ir.Node) -> bool:

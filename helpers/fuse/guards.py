@@ -56,8 +56,8 @@ def _is_mask(has_key: ir.Value, node: ir.Node) -> bool:
         return [maker.inputs[0]] if maker is not None and maker.op_type == "Where" else []
 
     masks = [value for value in node.inputs[3:4] if value is not None]
-    found = {*walks.walk(masks, made_of)}
+    of_mask = {*walks.walk(masks, made_of)}
     test = has_key.producer()
     if test is not None and test.op_type == "Greater" and (number(test.inputs[1]) or 0) <= NOTHING:
-        return test.inputs[0] in found
-    return has_key in found
+        return test.inputs[0] in of_mask
+    return has_key in of_mask

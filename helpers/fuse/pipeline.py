@@ -95,10 +95,6 @@ class Fused:
         return "\n".join(lines)
 
 
-class _NotHeld(Exception):
-    """Leaves the writing of a file whose parity does not hold."""
-
-
 def fuse(
     model: str | Path | files.Opened,
     out: str | Path,
@@ -117,16 +113,42 @@ def fuse(
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     opened, out = files.Opened.of(model), Path(out).absolute()
-    path, data = opened.path, opened.data
-    _keep_apart(path, data, out)
+    _keep_apart(opened.path, opened.data, out)
     report = _Report()
-    fused = _stepped(path, target, report)
+    fused = _stepped(opened.path, target, report)
+    answer = _unproven(fused, target, report, out)
+    with files.writing(out, keep=opened.data) as draft:
+        files.write(fused, draft)
+        del fused
+        gc.collect()  # models are in cycles
+        files.give_back()
+        written = files.Opened(draft)
+        refusal = _does_not_load(written)
+        if refusal:
+            answer.parity.reason, answer.at_fault = refusal, "the file as a whole"
+        else:
+            logger.info("comparing …")
+            cases, description = feeds.read(inputs, written if report.repaired else opened)
+            reference = _reference(opened, report)
+            compared = parity.compare(reference, [written], cases, description)
+            [answer.parity], answer.inputs = compared.candidates, compared.inputs
+            answer.parity.name = str(out)
+        written.close()
+        if not answer.held:
+            draft.unlink()  # so that nothing is written
+    if not answer.held and not refusal:
+        answer.at_fault = _bisect(opened.path, target, reference, cases, out)
+    return answer
+
+
+def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused:
+    """What the steps have made of a model, before anything is compared."""
     names = [
         graph.operator(node)
         for node in graph.nodes(fused)
         if (node.domain, node.op_type) in graph.FUSED
     ]
-    answer = Fused(
+    return Fused(
         out,
         report.sites,
         len(names),
@@ -137,33 +159,11 @@ def fuse(
         parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
         "none",
     )
-    try:
-        with files.writing(out, keep=data) as draft:
-            files.write(fused, draft)
-            del fused
-            gc.collect()  # models are in cycles
-            files.give_back()
-            written = files.Opened(draft)
-            if said := _does_not_load(written):
-                answer.parity.reason, answer.at_fault = said, "the file as a whole"
-                raise _NotHeld
-            logger.info("comparing …")
-            cases, answer.inputs = feeds.read(inputs, written if report.repaired else opened)
-            reference = _reference(opened, report)
-            compared = parity.compare(reference, [written], cases, answer.inputs)
-            [answer.parity], answer.inputs = compared.candidates, compared.inputs
-            answer.parity.name = str(out)
-            if not answer.held:
-                raise _NotHeld
-    except _NotHeld:
-        if not answer.at_fault:
-            answer.at_fault = _bisect(path, target, reference, cases, out)
-    return answer
 
 
 def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
     """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
-    for file, what in ((path, "the input"), *((one, "its data") for one in data)):
+    for file, what in ((path, "the input"), *((of_data, "its data") for of_data in data)):
         if not out.exists() or not out.samefile(file):
             continue
         # A link is replaced, which leaves alone what it leads to, unless the input leads there too.
@@ -314,7 +314,7 @@ def _reference(opened: files.Opened, report: _Report) -> parity.Model:
 def _by_rows(opened: files.Opened) -> parity.Model:
     """Runs a model on one row of a batch at a time, which is all that it can run on."""
     session = opened.session(optimise=False)
-    names = [one.name for one in session.get_outputs()]
+    names = [output.name for output in session.get_outputs()]
 
     def rows(arrays: parity.Outputs) -> parity.Outputs:
         batch = max(len(array) for array in arrays.values() if array.ndim > 1)
@@ -328,6 +328,6 @@ def _by_rows(opened: files.Opened) -> parity.Model:
             )
             for i in range(batch)
         ]
-        return {name: np.concatenate(one) for name, *one in zip(names, *answers, strict=True)}
+        return {name: np.concatenate(parts) for name, *parts in zip(names, *answers, strict=True)}
 
     return rows

@@ -56,12 +56,12 @@ class Site:
 
 def _layer(node: ir.Node) -> str | None:
     """`module`, or for a node that an optimizer made, the module around what reads its result."""
-    found, step = module(node), [node]
-    while found is None and step:
+    inner_module, step = module(node), [node]
+    while inner_module is None and step:
         step = walks.consumers(step[0])[:1]
-        inner = module(step[0]) if step else None
-        found = inner.rpartition(".")[0] if inner else None
-    return found
+        below = module(step[0]) if step else None
+        inner_module = below.rpartition(".")[0] if below else None
+    return inner_module
 
 
 # ── Attention sites ─────────────────────────────────────────────────────────────────────────────
@@ -69,7 +69,7 @@ def _layer(node: ir.Node) -> str | None:
 
 def from_input(model: ir.Model) -> set[ir.Value]:
     """The values that depend on what is in the model's inputs, not on their shapes alone."""
-    known: set[ir.Value] = {value for value in model.graph.inputs if not value.is_initializer()}
+    dependent: set[ir.Value] = {value for value in model.graph.inputs if not value.is_initializer()}
 
     def visit(graph: ir.Graph) -> None:
         for node in graph:
@@ -85,14 +85,14 @@ def from_input(model: ir.Model) -> set[ir.Value]:
                 )
             ]
             for inside in inner:
-                known.update(inside.inputs)  # what a Loop or Scan carries
+                dependent.update(inside.inputs)  # what a Loop or Scan carries
                 visit(inside)
             results = {value for inside in inner for value in inside.outputs}
-            if node.op_type not in SHAPES and not known.isdisjoint({*node.inputs, *results}):
-                known.update(node.outputs)
+            if node.op_type not in SHAPES and not dependent.isdisjoint({*node.inputs, *results}):
+                dependent.update(node.outputs)
 
     visit(model.graph)
-    return known
+    return dependent
 
 
 def through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
@@ -177,7 +177,7 @@ def _is_linear(node: ir.Node, weight: ir.Value) -> bool:
     return weight is node.inputs[1] and columns != 1
 
 
-def _scores(softmax: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
+def _scores(softmax: ir.Value, axis: int, from_inputs: set[ir.Value]) -> ir.Node | None:
     """Walk up from what goes into a Softmax to the product of queries with keys, which come from
     the input."""
 
@@ -185,7 +185,7 @@ def _scores(softmax: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | Non
         node, axis = place
         if node.op_type in PRODUCTS:  # heads mixed by a weight: the scores are above
             operands = _operands(node, axis)
-            mixed = operands[0].producer() if operands and operands[0] in known else None
+            mixed = operands[0].producer() if operands and operands[0] in from_inputs else None
             return [(mixed, axis)] if mixed is not None else []
         passed = through(node, axis, forward=False)
         if passed is None:
@@ -196,9 +196,9 @@ def _scores(softmax: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | Non
     start = softmax.producer()
     for node, axis_there in walks.walk([(start, axis)] if start is not None else [], above):
         operands = _operands(node, axis_there) if node.op_type in PRODUCTS else None
-        if operands is None or operands[0] not in known:
+        if operands is None or operands[0] not in from_inputs:
             continue
-        if operands[1] in known:
+        if operands[1] in from_inputs:
             return node
         # x·W is a linear layer, unless W is one column: then that is the query
         if learned is None and not _is_linear(node, operands[1]):
@@ -206,7 +206,7 @@ def _scores(softmax: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | Non
     return learned
 
 
-def _context(weights: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
+def _context(weights: ir.Value, axis: int, from_inputs: set[ir.Value]) -> ir.Node | None:
     """Walk down from what a Softmax gives to the product with values that come from the input."""
 
     def readers(value: ir.Value, axis: int) -> list[tuple[ir.Node, ir.Value, int]]:
@@ -218,14 +218,14 @@ def _context(weights: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | No
             passed = through(node, axis, forward=True)
             outputs = node.outputs if passed is not None else ()
             return [reader for output in outputs for reader in readers(output, passed)]
-        mixes = node.inputs[0] is value and node.inputs[1] not in known
+        mixes = node.inputs[0] is value and node.inputs[1] not in from_inputs
         if mixes and _contracts(node, value, axis) is None:  # heads mixed by a weight
             return readers(node.outputs[0], axis)
         return []
 
     for node, value, axis_there in walks.walk(readers(weights, axis), below):
         other = _contracts(node, value, axis_there) if node.op_type in PRODUCTS else None
-        if other is not None and other in known:
+        if other is not None and other in from_inputs:
             return node
     return None
 
@@ -248,15 +248,15 @@ def sites(model: ir.Model) -> list[Site]:
     softmaxes = [node for node in nodes(model) if node.op_type in ("Softmax", "BiasSoftmax")]
     if any(axis_of(node) is None for node in softmaxes):
         passes.ShapeInferencePass()(model)  # an axis counted from the front needs the rank
-    known = from_input(model)
-    found = []
+    from_inputs = from_input(model)
+    attention_sites = []
     for node in nodes(model):
         if (node.domain, node.op_type) in FUSED:
-            found.append(Site(name(node), True, _layer(node), node))
+            attention_sites.append(Site(name(node), True, _layer(node), node))
         elif node in softmaxes:
             axis = axis_of(node) or -1
-            scores = _scores(node.inputs[0], axis, known)
-            context = _context(node.outputs[0], axis, known) if scores else None
+            scores = _scores(node.inputs[0], axis, from_inputs)
+            context = _context(node.outputs[0], axis, from_inputs) if scores else None
             if context:
-                found.append(Site(name(node), False, _layer(node), node, scores, context))
-    return found
+                attention_sites.append(Site(name(node), False, _layer(node), node, scores, context))
+    return attention_sites

@@ -98,8 +98,8 @@ def rank(value: ir.Value | None) -> int | None:
         wanted = node.inputs[1].shape
         return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
     if node.op_type in ELEMENTWISE or node.op_type == "MatMul":
-        known = [rank(one) for one in node.inputs if one is not None]
-        return None if None in known else max(known, default=None)
+        ranks = [rank(operand) for operand in node.inputs if operand is not None]
+        return None if None in ranks else max(ranks, default=None)
     return None
 
 
@@ -125,8 +125,8 @@ def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
         return None
     if node.op_type == "Shape":
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
-        one = end is not None and end - start == 1 and start >= 0
-        return (node.inputs[0], start) if one else None
+        single = end is not None and end - start == 1 and start >= 0
+        return (node.inputs[0], start) if single else None
     shape, axis = node.inputs[0].producer(), number(node.inputs[1])
     if shape is None or shape.op_type != "Shape" or axis is None or len(shape.attributes):
         return None
@@ -143,8 +143,8 @@ def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:
         return dim(value, -2), dim(value, -1)
     if node.op_type in ("Cast", "CastLike", "Expand"):
         return (None, None) if node.op_type == "Expand" else tail(node.inputs[0])
-    sizes = [tail(one) for one in node.inputs if one is not None]
-    return _joined(one[0] for one in sizes), _joined(one[1] for one in sizes)
+    sizes = [tail(operand) for operand in node.inputs if operand is not None]
+    return _joined(pair[0] for pair in sizes), _joined(pair[1] for pair in sizes)
 
 
 def _joined(sizes) -> int | str | None:

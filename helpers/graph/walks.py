@@ -85,4 +85,4 @@ def neighbours(node: ir.Node, *, up: int = 3, down: int = 3) -> list[ir.Node]:
     """`node`, and the nodes at most `up` steps against the arrows or `down` along them, in the
     order of the graph."""
     taken = {*upstream(node, far=up), *downstream(node, far=down)}
-    return [one for one in node.graph if one in taken]
+    return [near for near in node.graph if near in taken]
