@@ -35,7 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Yields a path in a temporary folder beside `path` to write to; on leaving, the file is moved
     into place. If the body raises, or removes the file again, or the process is killed, what was at
-    `path` before is still there. Raises `BadInput` on a folder that is missing or cannot be written to, or a full disk.
+    `path` before is still there. Raises `BadInput` on a folder that is missing or cannot be written
+    to, or a full disk.
     """
     path = Path(path).absolute()
     if path.is_dir():
@@ -100,9 +101,10 @@ def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
     """Write a model file by `replacing`, its external data included.
 
     Yields a path to write the model to, with any external data beside it. On leaving, the model is
-    checked, unless the body has removed it again: then nothing is written. Its data gets a name that nothing has, and is there before the model is, so that at no
-    moment a model is beside data of another; the old model's data goes last, but for what another
-    model still needs: the files to `keep`, without links.
+    checked, unless the body has removed it again: then nothing is written. Its data gets a name
+    that nothing has, and is there before the model is, so that at no moment a model is beside data
+    of another; the old model's data goes last, but for what another model still needs: the files to
+    `keep`, without links.
     """
     path = Path(path).absolute()
     moved: list[Path] = []
