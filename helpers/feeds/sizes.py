@@ -35,7 +35,7 @@ def _symbols(dim: int | str) -> list[str]:
     return [name for name in re.findall(r"[A-Za-z_]\w*", dim) if name not in ("Max", "Min")]
 
 
-def size(dim: int | str, sizes: Mapping[str, int]) -> int:
+def evaluated(dim: int | str, sizes: Mapping[str, int]) -> int:
     """The size of a dimension, where its names have `sizes`."""
     if isinstance(dim, int) or dim in sizes:
         return dim if isinstance(dim, int) else sizes[dim]

@@ -12,7 +12,7 @@ from helpers import files, graph
 from helpers.feeds import inputs, masks, reach
 from helpers.feeds.inputs import Input
 from helpers.feeds.scores import Scores
-from helpers.feeds.sizes import At, Sizes, size
+from helpers.feeds.sizes import At, Sizes, evaluated
 
 PATIENCE = 60  # seconds in which sizes are tried that fail
 AMOUNTS = {"right": 2 / 3, "left": 1 / 3, "holes": 0}  # of the positions, by padding
@@ -54,7 +54,7 @@ class Trial:
         queries, past = self.sizes.queries(at), self.sizes.before(at)
         arrays = {}
         for entry in self.inputs:
-            shape = tuple(size(dim, sizes) for dim in entry.dims)
+            shape = tuple(evaluated(dim, sizes) for dim in entry.dims)
             own = padding if only in ("", entry.name) else "no"
             if entry.is_mask:
                 values = masks.filled(entry, shape, own, past)

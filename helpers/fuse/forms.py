@@ -12,7 +12,10 @@ _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask 
 
 
 def keeps_scores(node: ir.Node, at: int) -> bool:
-    """Whether `node` bounds the scores where none is: at least the lowest number, or the like."""
+    """Whether `node` bounds the scores where none is: Max(x, lowest), Clip(x, lowest, highest).
+
+    `lowest` is a number as low as a masked score's, `highest` one as far above 0.
+    """
     bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
     if node.op_type == "Max":
         return None not in bounds and max(bounds) <= NOTHING
@@ -24,7 +27,9 @@ def keeps_scores(node: ir.Node, at: int) -> bool:
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
     """What `value` is with its last two axes exchanged, if they were with the others merged.
 
-    onnxscript writes the transpose of keys as Reshape (B·N, T, D), Transpose, Reshape (B, N, D, T).
+    onnxscript writes the transpose of keys as
+
+        k (B, N, T, D) → Reshape (B·N, T, D) → Transpose (B·N, D, T) → Reshape (B, N, D, T)
     """
     back = value.producer()
     swap = back.inputs[0].producer() if back is not None and back.op_type == "Reshape" else None
@@ -39,7 +44,11 @@ def swapped_in_three(value: ir.Value) -> ir.Value | None:
 
 
 def off_the_top(node: ir.Node) -> bool:
-    """Whether `node` takes from the scores their maximum in each row, which changes no weight."""
+    """Whether `node` takes from the scores their maximum in each row, which changes no weight.
+
+    Sub(x, ReduceMax(x, axis -1))                 x (…, S, T), the maximum (…, S, 1)
+    Sub(x, Unsqueeze(ReduceMax(x, axis -1)))      the maximum (…, S), without its axis kept
+    """
     top = node.inputs[-1] and node.inputs[-1].producer()
     if top is not None and top.op_type == "Unsqueeze":
         top, keeps = top.inputs[0].producer(), 0
@@ -53,7 +62,10 @@ def off_the_top(node: ir.Node) -> bool:
 
 
 def unwrapped(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
-    """What a condition was made of, and whether it must hold or not."""
+    """What a condition was made of, and whether it must hold or not.
+
+    Expand(Unsqueeze(Not(c)))    c (B, T) or (S, T), which must not hold where that holds
+    """
     while (node := condition.producer()) is not None and node.op_type in _CONDITIONS:
         holds ^= node.op_type == "Not"
         condition = node.inputs[0]

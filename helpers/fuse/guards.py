@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.graph import walks
-from helpers.graph.values import NOTHING, number, root
+from helpers.graph.values import NOTHING, before_casts, number
 
 _MASK_OF = {"Add", "And", "Cast", "CastLike", "Expand", "Mul", "Not", "Reshape", "Sub", "Unsqueeze"}
 
@@ -28,6 +28,10 @@ def drop(model: ir.Model) -> int:
 
 
 def _drop(node: ir.Node) -> bool:
+    """Leave out the guard of the Attention `node`, if it has one; returns whether it had.
+
+    has_key (B, N or 1, S, T) → Cast → ReduceSum over T → Less 1 → Where(…, 0, attention)
+    """
     result = node.outputs[0]
     users = [user for user in result.consumers() if user.op_type == "Where"]
     if len(users) != 1 or len(result.consumers()) != 1 or result.is_graph_output():
@@ -40,7 +44,7 @@ def _drop(node: ir.Node) -> bool:
     if counted.op_type != "ReduceSum" or number(less.inputs[1]) != 1.0:
         return False
     has_key = counted.inputs[0]
-    if number(has_key) != 1.0 and not _is_mask(root(has_key), node):
+    if number(has_key) != 1.0 and not _is_mask(before_casts(has_key), node):
         return False
     users[0].outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
     return True

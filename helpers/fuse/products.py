@@ -34,6 +34,7 @@ def as_matmul(node: ir.Node) -> ir.Node | None:
 
 
 def _einsum(node: ir.Node, tape: ir.tape.Tape) -> tuple[ir.Value, ir.Value] | None:
+    # "bind,bjnd->bnij": batch b and n, rows i, columns j, summed d; one of each of the last three.
     terms, result = graph.equation(node)
     if len(terms) != 2 or not (all(term.isalpha() for term in terms) and result.isalpha()):
         return None
@@ -64,6 +65,7 @@ def _transposed(tape: ir.tape.Tape, value: ir.Value, axes, wanted) -> ir.Value:
 
 
 def _gemm(node: ir.Node, tape: ir.tape.Tape) -> tuple[ir.Value, ir.Value] | None:
+    # alpha · A' · B' + beta · C, where A' is A (…, S, D) or, with transA, A (…, D, S) transposed.
     attributes = node.attributes
     if attributes.get_int("transBatchA", 0) or attributes.get_int("transBatchB", 0):
         return None

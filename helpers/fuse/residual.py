@@ -4,7 +4,7 @@
 
 A session joins the two as com.microsoft's SkipLayerNormalization whenever it can tell that both
 operands have one shape. On the CPU that kernel is several times slower than Add and
-LayerNormalization are together (`assets/make_speed.py`). The Reshape changes nothing and copies
+LayerNormalization are together (`helpers/figures/speed`). The Reshape changes nothing and copies
 nothing; with it, the session leaves them.
 """
 

@@ -5,7 +5,7 @@ import onnx_ir as ir
 from helpers.graph.values import constant, dim, rank
 
 
-def size(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
+def size_of_axis(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
     """The size of an axis, counted from the end, as a tensor of one element.
 
     Where heads were split by a Reshape to sizes that are computed, the one that was given to it:
@@ -31,5 +31,7 @@ def size(tape: ir.tape.Tape, value: ir.Value, axis: int) -> ir.Value:
 def expanded(tape: ir.tape.Tape, mask: ir.Value, query: ir.Value, key: ir.Value) -> ir.Value:
     """`mask`, or bias, with axes of S and T at the end, as `query` and `key` have them at -2."""
     ones = tape.op("Constant", [], {"value_ints": [1, 1]})
-    shape = tape.op("Concat", [ones, size(tape, query, -2), size(tape, key, -2)], {"axis": 0})
+    shape = tape.op(
+        "Concat", [ones, size_of_axis(tape, query, -2), size_of_axis(tape, key, -2)], {"axis": 0}
+    )
     return tape.op("Expand", [mask, shape])

@@ -70,7 +70,7 @@ def finite_number(value: ir.Value | None) -> float | None:
     return given if given is not None and math.isfinite(given) else None
 
 
-def root(value: ir.Value) -> ir.Value:
+def before_casts(value: ir.Value) -> ir.Value:
     """What `value` was before casts and shapes."""
     while (node := value.producer()) is not None and node.op_type in _FILLED:
         value = node.inputs[0]
