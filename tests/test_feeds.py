@@ -83,9 +83,9 @@ def test_dimensions_of_one_name_have_one_size_and_expressions_are_worked_out(tmp
     )
     assert cases
     at = {"s": 7, "b": 2}
-    assert sizes.size("s + 3", at) == 10
-    assert sizes.size("((((s//2)) - 1)*b) + 1", at) == 5
-    assert sizes.size("Max(1, s - 9)", at) == 1
+    assert sizes.evaluated("s + 3", at) == 10
+    assert sizes.evaluated("((((s//2)) - 1)*b) + 1", at) == 5
+    assert sizes.evaluated("Max(1, s - 9)", at) == 1
 
 
 def test_lengths_are_tried_until_the_model_runs(tmp_path):
@@ -158,7 +158,7 @@ def test_positions_of_rotary_embeddings_are_no_mask(tmp_path):
 @pytest.mark.parametrize("name", ["seq.len", "batch-size", "encoder/length", "a b", "dim:0"])
 def test_a_dimension_that_is_no_expression_is_a_name(name):
     assert sizes._symbols(name) == [name]
-    assert sizes.size(name, {name: 7}) == 7
+    assert sizes.evaluated(name, {name: 7}) == 7
 
 
 def test_a_model_that_takes_one_sample_at_a_time_gets_that(tmp_path):

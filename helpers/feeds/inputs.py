@@ -14,6 +14,7 @@ floats     none of these: normal numbers
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -53,6 +54,7 @@ _SHAPING = {
     *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
 _KEEPING_IDS = _SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
+_SCALING = {"Add", "Mul", "Sub"}
 _ROTATING = _SHAPING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
 _COMPARING = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _LOGICAL = _COMPARING | {"And", "Not", "Or", "Xor"}
@@ -214,53 +216,70 @@ def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) 
     return "mask"
 
 
+class _Scaled(NamedTuple):
+    """What a value is of the ids, factor·ids + offset: in `whole` numbers, or not; and below
+    `wraps`, where the graph brings it within bounds by itself."""
+
+    factor: float
+    offset: float
+    whole: bool
+    wraps: int = 0
+
+
 def _lookups(origin: ir.Value, entry: Input) -> None:
     """Find the tables that an input looks up, and so the bounds of its ids.
 
     What is followed is a·ids + b, for the numbers a and b that the graph has on the way: Keras adds
     the table's rows to negative ids in a Where, RoBERTa's positions begin at 2.
     """
-    queue, seen = [(origin, 1.0, 0.0, not entry.is_float, 0)], set()
+    queue, seen = [(origin, _Scaled(1.0, 0.0, not entry.is_float))], set()
     while queue:
-        value, factor, offset, whole, wraps = queue.pop()
-        for node, at in value.uses():
-            rows = list(_looked_up(node, at)) if whole else []
+        value, scaled = queue.pop()
+        for node, position in value.uses():
+            rows = [*_looked_up(node, position)] if scaled.whole else []
             for count in rows:
-                if count is None:
-                    entry.indexes = True
-                    continue
-                bound = wraps or int(np.floor((count - 1 - offset) / factor)) + 1
-                if bound > 0:  # else it is where negative ids are brought into the table
-                    entry.bound = min(entry.bound or bound, bound)
-                    entry.low = max(entry.low, 0 if wraps else int(np.ceil(-offset / factor)))
-            if (
-                rows
-                or (node, at) in seen
-                or node.op_type not in _KEEPING_IDS | {"Add", "Sub", "Mul"}
-            ):
+                _bound(entry, scaled, count)
+            kept = node.op_type in _KEEPING_IDS | _SCALING
+            if rows or not kept or (node, position) in seen:
                 continue
-            seen.add((node, at))
-            if (node.op_type == "Where" and at == 0) or (node.op_type == "Gather" and at == 1):
-                continue
-            a, b = factor, offset
-            if node.op_type in ("Add", "Sub", "Mul"):
-                number = finite_number(node.inputs[1 - at])
-                if (number is None and entry.is_float) or (node.op_type == "Sub" and at == 1):
-                    continue
-                if number is not None and node.op_type == "Mul":
-                    if number <= 0:
-                        continue
-                    a, b = a * number, b * number
-                elif number is not None:
-                    b += number if node.op_type == "Add" else -number
-                elif node.op_type == "Mul":
-                    continue
-            if node.op_type == "Mod" and at == 0:  # within bounds by itself: once around
-                wraps = 2 * int(finite_number(node.inputs[1]) or 0)
-            integer = whole
-            if node.op_type == "Cast":
-                integer = not ir.DataType(node.attributes.get_int("to", 1)).is_floating_point()
-            queue += [(result, a, b, integer, wraps) for result in node.outputs]
+            seen.add((node, position))
+            further = _scaled_by(node, position, scaled, entry)
+            if further is not None:
+                queue += [(result, further) for result in node.outputs]
+
+
+def _bound(entry: Input, scaled: _Scaled, rows: int | None) -> None:
+    """Have the ids stay within a table of so many `rows`, which they look up as `scaled`."""
+    if rows is None:
+        entry.indexes = True
+        return
+    bound = scaled.wraps or int(np.floor((rows - 1 - scaled.offset) / scaled.factor)) + 1
+    if bound > 0:  # else it is where negative ids are brought into the table
+        low = 0 if scaled.wraps else int(np.ceil(-scaled.offset / scaled.factor))
+        entry.bound = min(entry.bound or bound, bound)
+        entry.low = max(entry.low, low)
+
+
+def _scaled_by(node: ir.Node, position: int, scaled: _Scaled, entry: Input) -> _Scaled | None:
+    """What `node` makes of its input at `position`, which is `scaled`; None: no ids any more."""
+    kind = node.op_type
+    if (kind, position) in (("Where", 0), ("Gather", 1), ("Sub", 1)):
+        return None
+    if kind == "Mod" and position == 0:  # within bounds by itself: once around
+        return scaled._replace(wraps=2 * int(finite_number(node.inputs[1]) or 0))
+    if kind == "Cast":
+        to = ir.DataType(node.attributes.get_int("to", 1))
+        return scaled._replace(whole=not to.is_floating_point())
+    if kind not in _SCALING:
+        return scaled
+    number = finite_number(node.inputs[1 - position])
+    if kind == "Mul":
+        if number is None or number <= 0:
+            return None
+        return scaled._replace(factor=scaled.factor * number, offset=scaled.offset * number)
+    if number is None:
+        return None if entry.is_float else scaled
+    return scaled._replace(offset=scaled.offset + (number if kind == "Add" else -number))
 
 
 def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:

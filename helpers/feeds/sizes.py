@@ -56,52 +56,54 @@ def evaluated(dim: int | str, sizes: Mapping[str, int]) -> int:
     return value(ast.parse(dim, mode="eval").body)
 
 
+def _kinds(inputs: list[Input]) -> dict[str, str]:
+    """What each open dimension is, by its name: what is claimed first counts."""
+    kinds: dict[str, str] = {}
+    # A first axis is the batch, unless its name is a later axis too: of a mask (n, n), or of a
+    # signal that has its length first.
+    later = {s for entry in inputs for dim in entry.dims[1:] for s in _symbols(dim)}
+
+    def claim(kind: str, dims: Sequence[int | str]) -> None:
+        for dim in dims:
+            for symbol in _symbols(dim):
+                kinds.setdefault(symbol, kind)
+
+    for entry in inputs:
+        several = len(entry.dims) > 1 or entry.role in ("lengths", "last")
+        if several and entry.role != "mask":
+            claim(BATCH, [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}])
+    for entry in inputs:  # a signal that has its length first has the batch after that
+        if entry.role == "floats" and len(entry.dims) > 2 and later & {*_symbols(entry.dims[0])}:
+            claim(BATCH, entry.dims[1:2])
+    for entry in inputs:  # a mask's own first axis: (batch · heads, …), or queries, or a batch
+        if entry.role == "mask" and len(entry.dims) > 1:
+            own = [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}]
+            claim({2: "rows", 3: "folded"}.get(len(entry.dims), BATCH), own)
+    for entry in inputs:
+        claim("cross", entry.dims[-2:] if entry.role == "cross" else [])
+    for entry in inputs:
+        claim("past", entry.dims[-2:] if entry.role == "cache" else [])
+    for entry in inputs:
+        claim("signal", entry.dims if entry.role == "floats" else [])
+    for entry in inputs:
+        claim(
+            "token",
+            entry.dims if entry.role not in ("mask", "floats", "cache", "cross") else [],
+        )
+    for entry in inputs:
+        if entry.role == "mask":
+            claim("mask", entry.dims[-1:])
+            claim("queries", entry.dims)
+    for entry in inputs:
+        claim("signal", entry.dims)
+    return kinds
+
+
 class Sizes:
     """The open dimensions by what they are: batch, past, signal, mask and token lengths."""
 
     def __init__(self, inputs: list[Input]) -> None:
-        self.kind: dict[str, str] = {}
-        # A first axis is the batch, unless its name is a later axis too: of a mask (n, n), or of a
-        # signal that has its length first.
-        later = {s for entry in inputs for dim in entry.dims[1:] for s in _symbols(dim)}
-
-        def claim(kind: str, dims: Sequence[int | str]) -> None:
-            for dim in dims:
-                for symbol in _symbols(dim):
-                    self.kind.setdefault(symbol, kind)
-
-        for entry in inputs:
-            several = len(entry.dims) > 1 or entry.role in ("lengths", "last")
-            if several and entry.role != "mask":
-                claim(BATCH, [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}])
-        for entry in inputs:  # a signal that has its length first has the batch after that
-            if (
-                entry.role == "floats"
-                and len(entry.dims) > 2
-                and later & {*_symbols(entry.dims[0])}
-            ):
-                claim(BATCH, entry.dims[1:2])
-        for entry in inputs:  # a mask's own first axis: (batch · heads, …), or queries, or a batch
-            if entry.role == "mask" and len(entry.dims) > 1:
-                own = [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}]
-                claim({2: "rows", 3: "folded"}.get(len(entry.dims), BATCH), own)
-        for entry in inputs:
-            claim("cross", entry.dims[-2:] if entry.role == "cross" else [])
-        for entry in inputs:
-            claim("past", entry.dims[-2:] if entry.role == "cache" else [])
-        for entry in inputs:
-            claim("signal", entry.dims if entry.role == "floats" else [])
-        for entry in inputs:
-            claim(
-                "token",
-                entry.dims if entry.role not in ("mask", "floats", "cache", "cross") else [],
-            )
-        for entry in inputs:
-            if entry.role == "mask":
-                claim("mask", entry.dims[-1:])
-                claim("queries", entry.dims)
-        for entry in inputs:
-            claim("signal", entry.dims)
+        self.kind = _kinds(inputs)
         floats = [entry for entry in inputs if entry.role == "floats"]
         self.waveform = any(len(entry.dims) == 2 for entry in floats)
         self.image = any(len(entry.dims) >= 4 for entry in floats)

@@ -5,7 +5,7 @@
     v             → …                                             ┘
 
 becomes Attention on q, k, v themselves, with q_num_heads and kv_num_heads: ONNX Runtime's kernel
-splits the heads faster than transposes do (`helpers/figures/speed` measures whole models). Where one
+splits the heads faster than transposes do (`helpers/figures/speed` measures models). Where one
 of the three comes from elsewhere (rotary embeddings, a cache), the operator keeps its four axes.
 
 Follows ONNX's Attention, opset 23: inputs of three axes.
