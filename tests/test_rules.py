@@ -16,9 +16,14 @@ import transformers
 from graphs import ATTENTION, write
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase, RewriteRuleSet, _matcher, pattern
 
+from helpers import explain as explaining
 from helpers import files, graph
-from helpers.explain.rules import explain
 from helpers.export import export
+
+
+def explain(path, rules="onnxscript", **choice):
+    return explaining.explain(path, rules=rules, **choice)
+
 
 FOREIGN = ("Neg", "Sin", "Abs", "Tanh")
 

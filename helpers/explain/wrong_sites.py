@@ -36,10 +36,19 @@ class Piece:
 
 
 def judge(
-    answer: Explanation, path: str | Path, fused: str | Path, cases: list[Feed], description: str
+    answer: Explanation,
+    path: str | Path,
+    fused: str | Path,
+    cases: list[Feed],
+    description: str,
+    model: ir.Model | None = None,
+    sites: list[graph.Site] | None = None,
 ) -> None:
-    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong."""
-    answer.parity, found = find(path, fused, cases, description)
+    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong.
+
+    `model` is the one at `path`, if it has been read, with its `sites`.
+    """
+    answer.parity, found = find(path, fused, cases, description, model, sites)
     answer.parity.name = "the optimised graph"
     for site in found:
         if isinstance(site, str):  # it fused what is no attention
@@ -49,7 +58,12 @@ def judge(
 
 
 def find(
-    path: str | Path, fused: str | Path, cases: list[Feed], description: str
+    path: str | Path,
+    fused: str | Path,
+    cases: list[Feed],
+    description: str,
+    model: ir.Model | None = None,
+    sites: list[graph.Site] | None = None,
 ) -> tuple[parity.Candidate, set[int | str]]:
     """Compare the model `fused` with that at `path`, and say which of its sites are wrong.
 
@@ -63,12 +77,15 @@ def find(
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
-    model = graph.load(path, weights=False)
-    found = pieces(model, proto)
+    if model is None:
+        model = graph.load(path, weights=False)
+        sites = None
+    sites = graph.sites(model) if sites is None else sites
+    found = pieces(model, proto, sites)
     every = {site for piece in found for site in piece.sites}
     gone = _gone(model, proto)
     if gone or not found:
-        return whole, _about(model, found, gone) or every
+        return whole, _about(sites, found, gone) or every
     tensors = list(dict.fromkeys(name for piece in found for name in piece.outputs))
     boundary = list(dict.fromkeys(name for piece in found for name in piece.inputs))
     around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
@@ -111,9 +128,11 @@ def _candidate(path: Path, fused: Path) -> parity.Model:
     return run
 
 
-def pieces(model: ir.Model, proto: onnx.ModelProto) -> list[Piece]:
-    """The pieces around the operators of `proto`, the optimised `model`, that it has put there."""
-    sites = graph.sites(model)
+def pieces(model: ir.Model, proto: onnx.ModelProto, sites: list[graph.Site]) -> list[Piece]:
+    """The pieces around the operators of `proto`, the optimised `model`, that it has put there.
+
+    `sites` are those of `model`.
+    """
     known = {v.name for node in model.graph for v in node.outputs} | {
         v.name for v in model.graph.inputs
     }
@@ -188,10 +207,10 @@ def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
     return [makers[name] for name in dict.fromkeys(read) if name not in made and name in makers]
 
 
-def _about(model: ir.Model, pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
+def _about(sites: list[graph.Site], pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
     """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
     found = {s for p in pieces if not p.stands_for.isdisjoint(gone) for s in p.sites}
-    number = {site.context: i for i, site in enumerate(graph.sites(model)) if site.context}
+    number = {site.context: i for i, site in enumerate(sites) if site.context}
     queue, seen = deque(() if found else gone), set()
     while queue:
         node = queue.popleft()
