@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from helpers import bounds, files, packages
+from helpers.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from helpers.quiet import progress_on
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, bounds.STATUS, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,18 +36,19 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "opset": dict(model.opset_imports),
         "nodes": sum(operators.values()),
         "operators": operators,
-        "sites": [{"name": s.name, "fused": s.fused, "layer": s.layer} for s in sites],
+        "sites": [{"name": site.name, "fused": site.fused, "layer": site.layer} for site in sites],
         "notes": notes,
     }
     opsets = ", ".join(f"{name or 'ai.onnx'} {opset}" for name, opset in answer["opset"].items())
     fused = sum(site.fused for site in sites)
     width = max((len(site.name) for site in sites), default=0)
+    states = [("fused  " if site.fused else "unfused", site) for site in sites]
     lines = [
         f"{arguments.model}: opset {opsets}; {answer['nodes']} nodes",
         f"{len(sites)} attention {'site' if len(sites) == 1 else 'sites'}, {fused} fused",
         *(
-            f"  {'fused  ' if s.fused else 'unfused'}  {s.name:<{width}}  {s.layer or ''}".rstrip()
-            for s in sites
+            f"  {state}  {site.name:<{width}}  {site.layer or ''}".rstrip()
+            for state, site in states
         ),
         *(f"note: {note}" for note in notes),
         "operators",
@@ -60,7 +60,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import feeds, parity
 
-    reference, *candidates = [files.check(path) for path in arguments.models]
+    reference, *candidates = [files.checked(path) for path in arguments.models]
     if not candidates:
         raise files.BadInput(
             f"{reference}: expected two models or more, found one; name what to compare it with"
@@ -104,8 +104,8 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import fuse
 
-    path = files.check(arguments.model)
-    done = fuse.fuse(path, arguments.out, target=arguments.target, inputs=arguments.inputs)
+    model = files.checked(arguments.model)
+    done = fuse.fuse(model, arguments.out, target=arguments.target, inputs=arguments.inputs)
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
@@ -141,75 +141,99 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="MODEL.onnx")
 
-    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.set_defaults(run=run)
-        command.add_argument("--json", action="store_true", help="print one JSON document")
-        return command
 
-    inspect = add("inspect", _inspect, "opset, operators and attention sites of a model")
-    inspect.add_argument("model", type=Path, metavar="MODEL.onnx")
-    compare = add("compare", _compare, "whether models compute what the first of them does")
-    compare.add_argument("models", type=Path, nargs="+", metavar="MODEL.onnx")
-    compare.add_argument(
+def _compare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", type=Path, nargs="+", metavar="MODEL.onnx")
+    command.add_argument(
         "--inputs", type=Path, metavar="FEEDS.npz", help="one array for each input"
     )
-    compare.add_argument(
+    command.add_argument(
         "--tolerance",
         type=_positive,
         metavar="X",
         help="the largest difference to allow, in place of the inferred tolerance",
     )
-    compare.add_argument(
+    command.add_argument(
         "--save-inputs",
         type=Path,
         metavar="FEED.npz",
         help="write the feed with the largest difference, for --inputs",
     )
-    explain = add("explain", _explain, "why a fusion did not match, site by site")
-    explain.add_argument("model", type=Path, metavar="MODEL.onnx")
-    which = explain.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model-type", metavar="TYPE", help="of ONNX Runtime's optimizer: bert, …")
-    which.add_argument("--fusion", metavar="FILE.py:CLASS", help="a Fusion or OnnxModel of yours")
-    which.add_argument("--rules", metavar="onnxscript", help="or FILE.py:CLASS, a rewrite rule")
-    explain.add_argument("--num-heads", type=int, default=0, metavar="N")
-    explain.add_argument("--hidden-size", type=int, default=0, metavar="N")
-    explain.add_argument("--opt-level", type=int, choices=(0, 1, 2, 99))
-    explain.add_argument("--parity", action="store_true", help="say which sites fused wrong, too")
-    explain.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
-    explain.add_argument(
+
+
+def _explain_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    fusion = command.add_mutually_exclusive_group(required=True)
+    fusion.add_argument("--model-type", metavar="TYPE", help="of ONNX Runtime's optimizer: bert, …")
+    fusion.add_argument("--fusion", metavar="FILE.py:CLASS", help="a Fusion or OnnxModel of yours")
+    fusion.add_argument("--rules", metavar="onnxscript", help="or FILE.py:CLASS, a rewrite rule")
+    command.add_argument("--num-heads", type=int, default=0, metavar="N")
+    command.add_argument("--hidden-size", type=int, default=0, metavar="N")
+    command.add_argument("--opt-level", type=int, choices=(0, 1, 2, 99))
+    command.add_argument("--parity", action="store_true", help="say which sites fused wrong, too")
+    command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+    command.add_argument(
         "--save", type=Path, metavar="CUT.onnx", help="what is near the first break, or an .svg"
     )
-    explain.add_argument(
+    command.add_argument(
         "--what-if", action="store_true", help="the same at the other levels, each compared"
     )
-    fuse = add("fuse", _fuse, "every attention site as one operator, right or not at all")
-    fuse.add_argument("model", type=Path, metavar="IN.onnx")
-    fuse.add_argument("out", type=Path, metavar="OUT.onnx")
-    fuse.add_argument(
+
+
+def _fuse_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="IN.onnx")
+    command.add_argument("out", type=Path, metavar="OUT.onnx")
+    command.add_argument(
         "--target",
         choices=("portable", "cpu"),
         default="portable",
         help="operators of the standard alone, or com.microsoft's too",
     )
-    fuse.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
-    view = add("view", _view, "Netron on the part of a model that matters, live or as a picture")
-    view.add_argument("model", type=Path, metavar="MODEL.onnx")
-    view.add_argument("--around", metavar="NODE", help="the node, or a tensor that it computes")
-    view.add_argument("--up", type=int, metavar="N", help="steps against the arrows (default 3)")
-    view.add_argument("--down", type=int, metavar="N", help="steps along the arrows (default 3)")
-    view.add_argument(
+    command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+
+
+def _view_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    command.add_argument("--around", metavar="NODE", help="the node, or a tensor that it computes")
+    command.add_argument("--up", type=int, metavar="N", help="steps against the arrows (default 3)")
+    command.add_argument("--down", type=int, metavar="N", help="steps along the arrows (default 3)")
+    command.add_argument(
         "--path", dest="along", nargs="+", default=(), metavar="NODE", help="nodes to be numbered"
     )
-    view.add_argument("--break", dest="break_at", metavar="NODE", help="the node where it breaks")
-    view.add_argument(
+    command.add_argument(
+        "--break", dest="break_at", metavar="NODE", help="the node where it breaks"
+    )
+    command.add_argument(
         "--save", type=Path, metavar="PICTURE.svg", help="draw it to an .svg or .png, serve nothing"
     )
-    view.add_argument("--chromium", metavar="FILE", help="what draws the picture")
+    command.add_argument("--chromium", metavar="FILE", help="what draws the picture")
+
+
+# Each command: what it runs, what it takes, and what it is for.
+COMMANDS = {
+    "inspect": (_inspect, _model_options, "opset, operators and attention sites of a model"),
+    "compare": (_compare, _compare_options, "whether models compute what the first of them does"),
+    "explain": (_explain, _explain_options, "why a fusion did not match, site by site"),
+    "fuse": (_fuse, _fuse_options, "every attention site as one operator, right or not at all"),
+    "view": (
+        _view,
+        _view_options,
+        "Netron on the part of a model that matters, live or as a picture",
+    ),
+}
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, (run, add_options, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        add_options(command)
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import onnx
 
+from helpers.errors import BAD_INPUT
 from helpers.workers.worker import memory
 
 MEMORY, MEMORY_EACH = 6 * 2**30, 12  # bytes that a command may take, and for each byte of a model
@@ -24,7 +25,6 @@ SECONDS_NODE = 0.1  # and for each node: optimizers take longer for many nodes, 
 CLOCK = 10  # seconds on the clock for each of them
 LOOK = 0.5  # seconds between two looks at what was taken
 READ = 2**27  # bytes of a model up to which it is read, for its nodes and the names of its data
-STATUS = 2  # the exit status of a command that is ended: that of bad input
 
 
 class Limits(NamedTuple):
@@ -59,7 +59,7 @@ def _count(content: bytes) -> int:
         model = onnx.ModelProto.FromString(content)
     except Exception:  # whatever protobuf raises: it is damaged
         return 0
-    return sum(_nodes(one.node) for one in (model.graph, *model.functions))
+    return sum(_nodes(function.node) for function in (model.graph, *model.functions))
 
 
 def _nodes(nodes: Sequence[onnx.NodeProto]) -> int:
@@ -152,4 +152,4 @@ def _end(line: str) -> NoReturn:
     with contextlib.suppress(Exception):  # whatever happens, it ends
         for child in _children():
             child.kill()
-    os._exit(STATUS)
+    os._exit(BAD_INPUT)

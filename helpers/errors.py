@@ -1,4 +1,6 @@
-"""The one error that a user sees."""
+"""The one error that a user sees, and the exit statuses of a command."""
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class BadInput(ValueError):

@@ -42,7 +42,7 @@ def dynamic_axes(inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]
 
     Lengths that differ here, as an encoder's and a decoder's, have names of their own.
     """
-    lengths = dict.fromkeys(one.shape[1] for one in inputs.values() if one.ndim == 2)
+    lengths = dict.fromkeys(value.shape[1] for value in inputs.values() if value.ndim == 2)
     names = {size: f"length_{i}" if i else "length" for i, size in enumerate(lengths)}
     return {
         name: {0: "batch", 1: names[tensor.shape[1]]} if tensor.ndim == 2 else {0: "batch"}

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from importlib import metadata
 
-from helpers.files import BadInput
+from helpers.errors import BadInput
 
 # What the graphs, and so the results that are described, depend on: as in requirements.txt, which
 # is not there where the package is installed.

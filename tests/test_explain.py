@@ -14,7 +14,7 @@ from onnxruntime.quantization import quantize_dynamic
 
 from helpers import files, graph
 from helpers.explain import explain, what_if
-from helpers.files import writing
+from helpers.files import saving
 from helpers.graph import reading
 
 SCHEMA = json.loads((Path(__file__).parent / "explain.schema.json").read_text())
@@ -390,9 +390,9 @@ def test_large_weights_are_not_read(tmp_path, monkeypatch):
     onnx.save(model, path, save_as_external_data=True, size_threshold=100, location="w.data")
     whole = explain(path, "bart", **options())
     monkeypatch.setattr(files, "ONE_FILE", 0)
-    monkeypatch.setattr(writing, "ONE_FILE", 0)
-    monkeypatch.setattr(graph, "LARGE", 100)
-    monkeypatch.setattr(reading, "LARGE", 100)
+    monkeypatch.setattr(saving, "ONE_FILE", 0)
+    monkeypatch.setattr(graph, "LEFT_OUT_ABOVE", 100)
+    monkeypatch.setattr(reading, "LEFT_OUT_ABOVE", 100)
     (tmp_path / "w.data").write_bytes(b"")
     assert explain(path, "bart", **options()).to_json() == whole.to_json()
 

@@ -19,7 +19,7 @@ from graphs import write
 
 from helpers import export, files, graph
 from helpers.__main__ import main
-from helpers.files import writing
+from helpers.files import saving
 from helpers.graph import external
 
 
@@ -99,10 +99,11 @@ WRITER = """
 import os, signal, sys
 import numpy as np, onnx_ir as ir
 from helpers import files
+from helpers.files import saving
 
 source, path, external = sys.argv[1:]
 folder, steps = os.path.dirname(path), 0
-files.ONE_FILE = 0 if external == "1" else files.ONE_FILE
+saving.ONE_FILE = 0 if external == "1" else saving.ONE_FILE
 
 def write(value, moment):
     def step(event, arguments):  # each call of the system that opens or changes something there
@@ -203,7 +204,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_the_data_of_other_models_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "ONE_FILE", 0)
+    monkeypatch.setattr(saving, "ONE_FILE", 0)
     source = write(tmp_path / "source.onnx", SCALED, **ONES)
     model = ir.load(source)
     for name in ("a.onnx", "a.onnx.b.onnx", "b.onnx"):
@@ -238,7 +239,7 @@ def test_a_model_that_comes_in_many_files(tmp_path):
 
 @pytest.mark.parametrize("route", export.ROUTES)
 def test_exported_twice_from_other_folders_has_the_same_size(route, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "ONE_FILE", 0)
+    monkeypatch.setattr(saving, "ONE_FILE", 0)
     config = transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     model, sizes = transformers.DistilBertModel(config), []
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
@@ -264,7 +265,7 @@ def test_saved_twice_from_other_folders_has_the_same_size(tmp_path, monkeypatch)
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[9] x) => (float[1,9,9] y) { y = Mul (x, w) }"""
     model = ir.load(write(tmp_path / "b.onnx", text, w=np.ones((1, 9, 9), np.float32)))
-    monkeypatch.setattr(writing, "ONE_FILE", 0)
+    monkeypatch.setattr(saving, "ONE_FILE", 0)
     sizes = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -364,7 +365,7 @@ def in_a_hub(path: Path, data: Path) -> Path:
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("one_file", [0, files.ONE_FILE])
 def test_all_external_data_is_brought_in(linked, one_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "ONE_FILE", one_file)
+    monkeypatch.setattr(saving, "ONE_FILE", one_file)
     path = write(tmp_path / "a.onnx", EVERYWHERE, w=np.array([1, 2], np.float32))
     data = all_external(path, "weights.data")  # a name that our own files have for a moment, too
     before = onnx.load(path, load_external_data=False)

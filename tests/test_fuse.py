@@ -13,7 +13,7 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 
 from helpers import feeds, files, fuse, graph, parity
 from helpers.__main__ import main
-from helpers.files import writing
+from helpers.files import saving
 from helpers.fuse import attention, pipeline
 from helpers.graph import repairs
 from helpers.quiet import quiet
@@ -383,7 +383,7 @@ def test_a_model_without_a_site(tmp_path):
 
 def test_weights_beside_the_model(tmp_path, monkeypatch):
     """Above the size of one file, they are in a second."""
-    monkeypatch.setattr(writing, "ONE_FILE", 100)
+    monkeypatch.setattr(saving, "ONE_FILE", 100)
     wide = np.random.default_rng(1).normal(size=(8, 16)).astype(np.float32)
     text = body().replace("[batch,length,8] y", "[batch,length,16] y")
     done = fuse.fuse(write(tmp_path / "in.onnx", text, wo=wide), tmp_path / "out.onnx")

@@ -110,7 +110,7 @@ def without_large_weights() -> Iterator[None]:
         model, beside = external.read(path)
         if kwargs.get("load_external_data", True):
             for tensor in external.tensors(model):
-                if ir.from_proto(tensor).nbytes <= graph.LARGE:
+                if ir.from_proto(tensor).nbytes <= graph.LEFT_OUT_ABOVE:
                     load_external_data_for_tensor(tensor, str(beside))
                     tensor.data_location = onnx.TensorProto.DEFAULT
         return model

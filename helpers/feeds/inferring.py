@@ -36,12 +36,12 @@ _WORDS = {  # of the description, by padding
 }
 
 
-def infer(path: str | Path) -> tuple[list[Feed], str]:
-    """Feeds for the model at `path`, and in one line what was inferred.
+def infer(model: str | Path | files.Opened) -> tuple[list[Feed], str]:
+    """Feeds for `model`, a file or what has been read of it, and in one line what was inferred.
 
     Raises `files.BadInput` where an input cannot be inferred, or the model runs on nothing tried.
     """
-    trial = Trial(Path(path).absolute())
+    trial = Trial(files.Opened.of(model))
     try:
         making = _Making(trial)
         return making.feeds(), making.description()
@@ -63,12 +63,14 @@ class _Making:
 
     def __init__(self, trial: Trial) -> None:
         self.trial, self.sizes = trial, trial.sizes
-        self.windows = reach.windows(trial.model)
+        positions = reach.positions(trial.model)
+        self.windows = reach.windows(trial.model, positions)
+        self.tables = reach.tables(trial.model, positions)
         self.rows = reach.table(trial.model)
         operators = {node.op_type for node in graph.nodes(trial.model)}
         self.scaled_together = not operators.isdisjoint(_SCALED_TOGETHER)
         # Ids that are compared, since they mark padding; numbers that may say how far keys go.
-        self.marking = any(one.special or one.role == "amount" for one in trial.inputs)
+        self.marking = any(entry.special or entry.role == "amount" for entry in trial.inputs)
         self.all_have_keys = False
         self.reached = 0  # positions, in the longest feed
         self.passed: list[str] = []  # feeds that are passed over, and why
@@ -113,9 +115,9 @@ class _Making:
 
     def _combinations(self) -> list[Flags]:
         """Values for the flags: all combinations, or of many flags one changed at a time."""
-        names = [one.name for one in self.trial.flags]
-        values = [inputs.flag_values(self.trial.model, one) for one in self.trial.flags]
-        if np.prod([len(one) for one in values]) <= COMBINATIONS:
+        names = [entry.name for entry in self.trial.flags]
+        values = [inputs.flag_values(self.trial.model, entry) for entry in self.trial.flags]
+        if np.prod([len(choices) for choices in values]) <= COMBINATIONS:
             return [dict(zip(names, each, strict=True)) for each in product(*values)]
         first, last = ({n: v[i] for n, v in zip(names, values, strict=True)} for i in (0, -1))
         single = [
@@ -124,7 +126,7 @@ class _Making:
             for name, each in zip(names, values, strict=True)
             for value in each
         ]
-        return [first, last, *(one for one in single if one not in (first, last))]
+        return [first, last, *(each for each in single if each not in (first, last))]
 
     def _name_what_is_left(self) -> None:
         unrun = [
@@ -138,15 +140,15 @@ class _Making:
         for window in self.windows:
             if window >= self.reached:
                 self.notes.append(f"a window of {window} is not reached")
-        for rows in reach.tables(self.trial.model):
+        for rows in self.tables:
             if self.reached < rows - OFFSET:
                 self.notes.append(f"a table of {rows} positions is not reached to its end")
 
     def _variants(self, flags: Flags, smallest: At) -> Iterator[Variant]:
         """The feeds to make, the shortest first."""
         short, single, more = self._lengths(flags, smallest)
-        several = [one for one in self.trial.masks if one.pairs or len(one.dims) > 1]
-        pairs = any(one.pairs for one in several)
+        several = [entry for entry in self.trial.masks if entry.pairs or len(entry.dims) > 1]
+        pairs = any(entry.pairs for entry in several)
         padded = bool(several or self.marking)
         yield Variant("short", single, "no")
         yield Variant("long, causal" if pairs else "long", more, "causal" if pairs else "no")
@@ -154,19 +156,21 @@ class _Making:
             yield Variant("short, padded on the right", short, "right")
             yield Variant("long, padded on the left", more, "left")
             yield Variant("short, with holes", short, "holes")
-        for one in several if len(several) > 1 else ():  # what one masks, another may hide
-            yield Variant(f"short, {one.name} alone padded on the right", short, "right", one.name)
-            yield Variant(f"short, {one.name} alone with holes", short, "holes", one.name)
+        for entry in several if len(several) > 1 else ():  # what one masks, another may hide
+            yield Variant(
+                f"short, {entry.name} alone padded on the right", short, "right", entry.name
+            )
+            yield Variant(f"short, {entry.name} alone with holes", short, "holes", entry.name)
         if several:
             yield Variant("short, one sample padding altogether", short, "all")
-        if any(one.additive for one in several):
+        if any(entry.additive for entry in several):
             yield Variant("short, a bias of normal numbers", short, "bias")
         if self.sizes.past:
             padding = "left" if padded else "no"
             past = dataclasses.replace(more, past=5)
-            one, seven = (self.sizes.with_queries(past, number) for number in (1, 7))
+            single, seven = (self.sizes.with_queries(past, number) for number in (1, 7))
             yield Variant("without past", dataclasses.replace(more, past=0), padding)
-            yield Variant("a past, one query", dataclasses.replace(one, apart=0), padding)
+            yield Variant("a past, one query", dataclasses.replace(single, apart=0), padding)
             yield Variant("a past, several queries", seven, padding)
         yield from self._beyond(flags, more, "left" if padded else "no")
 
@@ -194,7 +198,9 @@ class _Making:
         if kinds & {"token", "signal"} and same == self.sizes.assign(short):
             others = [{"signal": 2 * smallest.signal, "token": smallest.token + 1}]
             others.append({"signal": 3 * smallest.signal, "token": 2 * smallest.token})
-            failed = [trial.problem(dataclasses.replace(smallest, **one), flags) for one in others]
+            failed = [
+                trial.problem(dataclasses.replace(smallest, **change), flags) for change in others
+            ]
             written = all(failed) and trial.written(failed[0], trial.counted(short))
             if written:
                 self.notes.append(f"{written}; export it again with dynamo=True for other lengths")
@@ -253,7 +259,7 @@ class _Making:
         trial, (name, at, padding, only) = self.trial, variant
         if padding == "all" and self.scaled_together:
             return  # one scale for a whole tensor: what has no key would move all others
-        if any(one.counted for one in trial.masks) and padding in ("all", "holes"):
+        if any(entry.counted for entry in trial.masks) and padding in ("all", "holes"):
             return  # keys are counted there, and none is no count
         if any(feed.name == name for feed in self.made):
             return
@@ -262,19 +268,19 @@ class _Making:
         except Exception as error:  # ONNX Runtime's own types
             self.passed.append(f"{name} ({files.told(error, 160)})")
             return
-        if self.scaled_together and any(one.any() for one in masked or ()):
+        if self.scaled_together and any(rows.any() for rows in masked or ()):
             self.passed.append(f"{name} (rows without a key would move the scale of all others)")
             return
-        known = {
-            one.name: arrays[one.name] == one.keep
-            for one in trial.masks
-            if len(one.dims) == 2 and not one.pairs
+        keys_of = {
+            entry.name: arrays[entry.name] == entry.keep
+            for entry in trial.masks
+            if len(entry.dims) == 2 and not entry.pairs
         }
         roles = ("ids", "floats", "integers")
-        fixed = frozenset(one.name for one in trial.inputs if one.role not in roles)
+        fixed = frozenset(entry.name for entry in trial.inputs if entry.role not in roles)
         self.paddings.add(padding)
         settled = trial.scores.settled(arrays, masked)
-        self.made.append(Feed(name, arrays, known, True, masked, fixed, settled))
+        self.made.append(Feed(name, arrays, keys_of, True, masked, fixed, settled))
         self.reached = max(self.reached, keys)
 
     def _tried(
@@ -298,10 +304,10 @@ class _Making:
             trial.session.run(None, arrays)
             return None, trial.counted(at)
         masked = trial.scores.masked(arrays)
-        keys = max([one.shape[-1] for one in masked if one.ndim], default=trial.counted(at))
-        lacking = [one.all(axis=-1) for one in masked]
+        keys = max([score.shape[-1] for score in masked if score.ndim], default=trial.counted(at))
+        lacking = [score.all(axis=-1) for score in masked]
         if not (trial.masks or trial.flags or self.marking):
-            self.all_have_keys = not any(one.any() for one in lacking)
+            self.all_have_keys = not any(rows.any() for rows in lacking)
         return lacking or None, keys
 
     def _other_branches(self, flags: Flags, at: At) -> None:
@@ -321,12 +327,12 @@ class _Making:
                 except Exception:  # ONNX Runtime's own types: it does not run so
                     continue
                 if sum(map(len, self.trial.scores.branches.values())) > before:
-                    name = ", ".join(f"{one} {length}" for one in kind)
+                    name = ", ".join(f"{dimension} {length}" for dimension in kind)
                     self._add(Variant(f"for another branch: {name}", other, "no"), flags)
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""
-        parts = [one.described() for one in self.trial.inputs if one.role != "flag"]
+        parts = [entry.described() for entry in self.trial.inputs if entry.role != "flag"]
         for flag in self.trial.flags:
             fed = sorted({int(feed.arrays[flag.name].ravel()[0]) for feed in self.made})
             parts.append(f"{flag} flag, {' and '.join(map(str, fed))}")

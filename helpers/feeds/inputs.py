@@ -12,7 +12,7 @@ floats     none of these: normal numbers
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers import files, graph
+from helpers.graph import walks
+from helpers.graph.values import finite_number
 
 # What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
 _TABLES = {
@@ -123,12 +125,14 @@ class Input:
         return f"{self} {what}"
 
 
-def read(model: ir.Model, path: Path) -> list[Input]:
+def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input]:
     """The inputs of `model`, which is the one at `path`, with the role of each.
+
+    `sites` are the attention sites of `model`, whose shapes are inferred where that is needed.
 
     Raises `files.BadInput` where one is no tensor of known type and rank.
     """
-    found = []
+    entries = []
     for value in model.graph.inputs:
         if value.is_initializer():
             continue
@@ -137,29 +141,31 @@ def read(model: ir.Model, path: Path) -> list[Input]:
                 f"{path}: expected inputs that are tensors of known type and rank, found"
                 f" {value.name} ({value.type}); give --inputs FEEDS.npz"
             )
-        found.append(Input(value.name, value.dtype.numpy(), _dims(value)))
+        entries.append(Input(value.name, value.dtype.numpy(), _dims(value)))
     values = {value.name: value for value in model.graph.inputs}
-    for one in found:
-        if not one.is_float and one.dtype.kind != "b":
-            one.special = _compared(values[one.name])
-    paths = _score_paths(model)
-    for one in found:
-        one.role = _role(one, values[one.name], paths)
-    if any(one.indexes for one in found):  # what it indexes may be a table of unknown shape
+    for entry in entries:
+        if not entry.is_float and entry.dtype.kind != "b":
+            entry.special = _compared(values[entry.name])
+    paths = _score_paths(sites)
+    for entry in entries:
+        entry.role = _role(entry, values[entry.name], paths)
+    if any(entry.indexes for entry in entries):  # what it indexes may be a table of unknown shape
         passes.ShapeInferencePass()(model)
-        for one in found:
-            one.indexes = False
-            one.role = _role(one, values[one.name], paths)
-    growing = {one.name for one in found if _grows(values[one.name])}
-    caches = [one for one in found if one.role == "floats" and len(one.dims) == 4]
+        for entry in entries:
+            entry.indexes = False
+            entry.role = _role(entry, values[entry.name], paths)
+    growing = {entry.name for entry in entries if _grows(values[entry.name])}
+    caches = [entry for entry in entries if entry.role == "floats" and len(entry.dims) == 4]
     caches = caches if len(caches) > 1 else []  # one alone is an image
     caches += [  # keys and values as one: (2, batch, heads, past, width)
-        one for one in found if one.role == "floats" and len(one.dims) == 5 and one.name in growing
+        entry
+        for entry in entries
+        if entry.role == "floats" and len(entry.dims) == 5 and entry.name in growing
     ]
-    lengths = {one.dims[-2] for one in caches if one.name in growing}
-    for one in caches:
-        one.role = "cache" if one.dims[-2] in lengths else "cross"
-    return found
+    lengths = {entry.dims[-2] for entry in caches if entry.name in growing}
+    for entry in caches:
+        entry.role = "cache" if entry.dims[-2] in lengths else "cross"
+    return entries
 
 
 def _dims(value: ir.Value) -> list[int | str]:
@@ -171,62 +177,62 @@ def _dims(value: ir.Value) -> list[int | str]:
     return dims
 
 
-def _role(one: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) -> str:
-    _lookups(value, one)
-    if one.bound is not None and one.bound > one.low:
+def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) -> str:
+    _lookups(value, entry)
+    if entry.bound is not None and entry.bound > entry.low:
         return "ids"
-    if one.indexes and len(one.dims) == 1:  # the last row of each sample, by its length
-        one.indexes = False
+    if entry.indexes and len(entry.dims) == 1:  # the last row of each sample, by its length
+        entry.indexes = False
         return "lengths"
     sinks = [*_sinks(value)]
-    small = all(dim == 1 for dim in one.dims)
+    small = all(dim == 1 for dim in entry.dims)
     if small and any(node.op_type == "If" for node, _ in sinks):
         return "flag"
     grouped = {at for node, at in sinks if node.op_type == "GroupQueryAttention"}
-    if one.is_float:
-        masks = len(one.dims) > 1 and any(
+    if entry.is_float:
+        masks = len(entry.dims) > 1 and any(
             (node, at) in score_paths for node, at in _sinks(value, _SHAPING | _ELEMENTWISE)
         )
-        width = one.dims[-1] if len(one.dims) == 3 else None
-        hidden = isinstance(width, int) and width != one.dims[1]  # states (batch, length, width)
-        named = "mask" in one.name and 1 < len(one.dims) < 4 and not hidden
+        width = entry.dims[-1] if len(entry.dims) == 3 else None
+        hidden = isinstance(width, int) and width != entry.dims[1]  # states (batch, length, width)
+        named = "mask" in entry.name and 1 < len(entry.dims) < 4 and not hidden
         return "mask" if masks or named else "floats"
-    if len(one.dims) < 2 or small:
+    if len(entry.dims) < 2 or small:
         if grouped & {_SEQLENS, _TOTAL}:
-            return "last" if _SEQLENS in grouped and one.dims else "total"
-        if one.dtype.kind == "b":
+            return "last" if _SEQLENS in grouped and entry.dims else "total"
+        if entry.dtype.kind == "b":
             return "flag" if small else "integers"
         if _rotates(value):
             return "positions"
         return "amount" if small else "lengths"
     if _rotates(value):
         return "positions"
-    one.counted = _SEQLENS in grouped
-    one_a_sample = len(one.dims) == 2 and one.dims[1] == 1
+    entry.counted = _SEQLENS in grouped
+    one_a_sample = len(entry.dims) == 2 and entry.dims[1] == 1
     if one_a_sample and any(node.op_type in _COMPARING for node, _ in sinks):
         return "lengths"
     return "mask"
 
 
-def _lookups(origin: ir.Value, one: Input) -> None:
+def _lookups(origin: ir.Value, entry: Input) -> None:
     """Find the tables that an input looks up, and so the bounds of its ids.
 
     What is followed is a·ids + b, for the numbers a and b that the graph has on the way: Keras adds
     the table's rows to negative ids in a Where, RoBERTa's positions begin at 2.
     """
-    queue, seen = [(origin, 1.0, 0.0, not one.is_float, 0)], set()
+    queue, seen = [(origin, 1.0, 0.0, not entry.is_float, 0)], set()
     while queue:
         value, factor, offset, whole, wraps = queue.pop()
         for node, at in value.uses():
             rows = list(_looked_up(node, at)) if whole else []
             for count in rows:
                 if count is None:
-                    one.indexes = True
+                    entry.indexes = True
                     continue
                 bound = wraps or int(np.floor((count - 1 - offset) / factor)) + 1
                 if bound > 0:  # else it is where negative ids are brought into the table
-                    one.bound = min(one.bound or bound, bound)
-                    one.low = max(one.low, 0 if wraps else int(np.ceil(-offset / factor)))
+                    entry.bound = min(entry.bound or bound, bound)
+                    entry.low = max(entry.low, 0 if wraps else int(np.ceil(-offset / factor)))
             if (
                 rows
                 or (node, at) in seen
@@ -238,8 +244,8 @@ def _lookups(origin: ir.Value, one: Input) -> None:
                 continue
             a, b = factor, offset
             if node.op_type in ("Add", "Sub", "Mul"):
-                number = _number(node.inputs[1 - at])
-                if (number is None and one.is_float) or (node.op_type == "Sub" and at == 1):
+                number = finite_number(node.inputs[1 - at])
+                if (number is None and entry.is_float) or (node.op_type == "Sub" and at == 1):
                     continue
                 if number is not None and node.op_type == "Mul":
                     if number <= 0:
@@ -250,7 +256,7 @@ def _lookups(origin: ir.Value, one: Input) -> None:
                 elif node.op_type == "Mul":
                     continue
             if node.op_type == "Mod" and at == 0:  # within bounds by itself: once around
-                wraps = 2 * int(_number(node.inputs[1]) or 0)
+                wraps = 2 * int(finite_number(node.inputs[1]) or 0)
             integer = whole
             if node.op_type == "Cast":
                 integer = not ir.DataType(node.attributes.get_int("to", 1)).is_floating_point()
@@ -264,8 +270,8 @@ def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
             continue
         shape = node.inputs[table].shape
         which = node.attributes.get_int(axis, 0) if axis else 0
-        known = shape is not None and isinstance(shape[which], int)
-        yield shape[which] if known else None
+        stated = shape is not None and isinstance(shape[which], int)
+        yield shape[which] if stated else None
     if node.op_type == "GatherND" and at == 1:
         shape, last = node.inputs[0].shape, node.inputs[1].shape
         first = node.attributes.get_int("batch_dims", 0)
@@ -276,7 +282,7 @@ def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
                 size if isinstance(size, int) else None for size in shape[first : first + last[-1]]
             )
     if node.op_type == "OneHot" and at == 0:
-        depth = _number(node.inputs[1])
+        depth = finite_number(node.inputs[1])
         yield None if depth is None else int(depth)
     if node.op_type == "RotaryEmbedding":
         table = {("", 3): 1, (graph.MICROSOFT, 1): 2}.get((node.domain, at))
@@ -285,36 +291,29 @@ def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
             yield shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
-def _number(value: ir.Value | None) -> float | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.size != 1:
-        return None
-    return float(tensor.numpy().ravel()[0])
-
-
 _THROUGH = _SHAPING | _ELEMENTWISE | _REDUCING
 
 
 def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.Node, int]]:
     """Every use of what is made of `origin` by the operators `through` alone: node and input."""
-    queue, seen = [origin], set()
-    while queue:
-        for node, at in queue.pop().uses():
-            yield node, at
-            if node.op_type in through and node not in seen:
-                seen.add(node)
-                queue.extend(node.outputs)
+
+    def following(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
+        node, _ = use
+        made = node.outputs if node.op_type in through else ()
+        return [further for value in made for further in value.uses()]
+
+    return walks.walk(origin.uses(), following)
 
 
 def _compared(value: ir.Value) -> tuple[int, ...]:
     """The numbers that an input of integers is compared with, or those next to them."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for node, at in _sinks(value, _SHAPING):
-        number = _number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
-        if number is not None:
+        bound = finite_number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
+        if bound is not None:
             above = {"Greater": 1, "Less": -1}.get(node.op_type, 0) * (1 if at == 0 else -1)
-            found.add(int(number) + above)
-    return tuple(sorted(found))
+            numbers.add(int(bound) + above)
+    return tuple(sorted(numbers))
 
 
 def _grows(cache: ir.Value) -> bool:
@@ -325,15 +324,15 @@ def _grows(cache: ir.Value) -> bool:
     )
 
 
-def flag_values(model: ir.Model, one: Input) -> list[int]:
+def flag_values(model: ir.Model, entry: Input) -> list[int]:
     """The values to try for a flag: 0 and 1, and those next to what it is compared with."""
-    value = next(v for v in model.graph.inputs if v.name == one.name)
-    if one.dtype.kind == "b":
+    value = next(v for v in model.graph.inputs if v.name == entry.name)
+    if entry.dtype.kind == "b":
         return [0, 1]
     compared = {
         int(number) + more
         for node, at in _sinks(value)
-        if node.op_type in _COMPARING and (number := _number(node.inputs[1 - at])) is not None
+        if node.op_type in _COMPARING and (number := finite_number(node.inputs[1 - at])) is not None
         for more in (-1, 0, 1)
     }
     return sorted({0, 1} | compared)[:8]
@@ -346,25 +345,35 @@ def _rotates(value: ir.Value) -> bool:
     )
 
 
-def _score_paths(model: ir.Model) -> set[tuple[ir.Node, int]]:
+def _score_paths(sites: Sequence[graph.Site]) -> set[tuple[ir.Node, int]]:
     """Where something meets the scores of an attention site, or its weights, beside them: node, and
     input.
 
     That is between the product of queries with keys and the Softmax, between that and the product
     with the values, or at an operator's own mask.
     """
-    found = set()
-    for site in graph.sites(model):
+    meetings = set()
+    for site in sites:
         masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
-        found |= {(site.node, at) for at in masks}
+        meetings |= {(site.node, position) for position in masks}
         for start in (site.scores, site.node) if site.scores is not None else ():
-            below, queue = set(start.outputs), [*start.outputs]
-            while queue:
-                for user in queue.pop().consumers():
-                    if user is site.node or user.op_type not in _SHAPING | _ELEMENTWISE:
-                        continue
-                    found |= {(user, at) for at, v in enumerate(user.inputs) if v not in below}
-                    fresh = [value for value in user.outputs if value not in below]
-                    below.update(fresh)
-                    queue += fresh
-    return found
+            meetings |= {*_beside(start, site.node)}
+    return meetings
+
+
+def _beside(start: ir.Node, softmax: ir.Node) -> Iterator[tuple[ir.Node, int]]:
+    """Where something else meets what `start` gives, on the way to `softmax` or a product."""
+
+    def following(node: ir.Node) -> list[ir.Node]:
+        return [
+            user
+            for user in walks.consumers(node)
+            if user is not softmax and user.op_type in _SHAPING | _ELEMENTWISE
+        ]
+
+    below = [*walks.walk([start], following)]
+    computed = {value for node in below for value in node.outputs}
+    for node in below[1:]:
+        for position, value in enumerate(node.inputs):
+            if value not in computed:
+                yield node, position

@@ -37,33 +37,35 @@ def find_senses(
     `build` makes arrays for all inputs, the masks among them filled with `keep`; `outputs` runs the
     model. What changes nothing anywhere becomes "integers" or "floats".
     """
-    for one in masks:
-        one.keep, one.drop = (0.0, lowest(one.dtype)) if one.is_float else (1, 0)
+    for entry in masks:
+        entry.keep, entry.drop = (0.0, lowest(entry.dtype)) if entry.is_float else (1, 0)
     counted = _counter(scores, build) if scores else None
     if counted is not None:
-        fills = [(0.0, 1.0) if one.is_float else (1, 0) for one in masks]
-        tried = product(*fills) if len(masks) <= 4 else [tuple(fill[0] for fill in fills)]
+        filling = [(0.0, 1.0) if entry.is_float else (1, 0) for entry in masks]
+        tried = product(*filling) if len(masks) <= 4 else [tuple(fill[0] for fill in filling)]
         counts = {fill: counted(dict(zip(_names(masks), fill, strict=True))) for fill in tried}
-        known = {fill: count for fill, count in counts.items() if count is not None}
-        if known:
-            least = min(known, key=known.__getitem__)
-            for one, fill in zip(masks, least, strict=True):
-                one.keep = fill
-            for one in masks:
-                _probe(one, masks, counted, known[least])
-    for one in masks:
-        if one.counted:
-            one.keep, one.drop, one.in_scores = 1, 0, True
-        elif not one.in_scores:
-            _by_invariance(one, build, outputs)
+        answers = {fill: count for fill, count in counts.items() if count is not None}
+        if answers:
+            least = min(answers, key=answers.__getitem__)
+            for entry, fill in zip(masks, least, strict=True):
+                entry.keep = fill
+            for entry in masks:
+                _probe(entry, masks, counted, answers[least])
+    for entry in masks:
+        if entry.counted:
+            entry.keep, entry.drop, entry.in_scores = 1, 0, True
+        elif not entry.in_scores:
+            _by_invariance(entry, build, outputs)
         elif counted is not None:
-            one.pairs = _is_pairs(one, scores, build)
-    for one in masks:
-        one.pairs = one.pairs or (len(one.dims) > 2 and not one.in_scores and one.dims[-2] != 1)
+            entry.pairs = _is_pairs(entry, scores, build)
+    for entry in masks:
+        entry.pairs = entry.pairs or (
+            len(entry.dims) > 2 and not entry.in_scores and entry.dims[-2] != 1
+        )
 
 
 def _names(masks: Sequence[Input]) -> list[str]:
-    return [one.name for one in masks]
+    return [entry.name for entry in masks]
 
 
 def _counter(scores: Scores, build: Callable[[], Arrays]) -> Callable[[dict], int | None]:
@@ -74,38 +76,38 @@ def _counter(scores: Scores, build: Callable[[], Arrays]) -> Callable[[dict], in
         for name, fill in fills.items():
             arrays[name] = np.full_like(arrays[name], fill)
         try:
-            return sum(int(one.sum()) for one in scores.masked(arrays))
+            return sum(int(score.sum()) for score in scores.masked(arrays))
         except Exception:  # ONNX Runtime's own types: it does not run so, which tells nothing
             return None
 
     return counted
 
 
-def _probe(one: Input, masks: Sequence[Input], counted: Callable, least: int) -> None:
+def _probe(entry: Input, masks: Sequence[Input], counted: Callable, least: int) -> None:
     """Find what masks the scores: the other of 0 and 1, or for floats a very low number."""
     fills = {other.name: other.keep for other in masks}
-    others = [1 - one.keep, lowest(one.dtype)] if one.is_float else [1 - one.keep]
+    others = [1 - entry.keep, lowest(entry.dtype)] if entry.is_float else [1 - entry.keep]
     for drop in others:
-        more = counted(fills | {one.name: drop})
+        more = counted(fills | {entry.name: drop})
         if more is not None and more > least:
-            one.drop, one.in_scores = drop, True
+            entry.drop, entry.in_scores = drop, True
             return
-    if one.is_float:
-        one.keep = 0.0
+    if entry.is_float:
+        entry.keep = 0.0
 
 
-def _is_pairs(one: Input, scores: Scores, build: Callable[[], Arrays]) -> bool:
+def _is_pairs(entry: Input, scores: Scores, build: Callable[[], Arrays]) -> bool:
     """Whether the last axis but one is the queries': mask its first row, and see what is."""
-    if len(one.dims) < 2:
+    if len(entry.dims) < 2:
         return False
     arrays = build()
-    shape = arrays[one.name].shape
+    shape = arrays[entry.name].shape
     if shape[-2] == 1:
         return False
     if len(shape) > 2:
         return True
     before = scores.masked(arrays)
-    arrays[one.name][0] = one.drop
+    arrays[entry.name][0] = entry.drop
     for old, new in zip(before, scores.masked(arrays), strict=True):
         rows = (new & ~old).any(axis=-1)  # (batch, heads, queries) or (batch · heads, queries)
         if rows.any() and rows.shape[-1] > 1:
@@ -114,7 +116,7 @@ def _is_pairs(one: Input, scores: Scores, build: Callable[[], Arrays]) -> bool:
 
 
 def _by_invariance(
-    one: Input, build: Callable[[], Arrays], outputs: Callable[[Arrays], list[np.ndarray]]
+    entry: Input, build: Callable[[], Arrays], outputs: Callable[[Arrays], list[np.ndarray]]
 ) -> None:
     """The sense of a mask that does not show in scores, by what a masked position changes.
 
@@ -122,13 +124,13 @@ def _by_invariance(
     it is the one with which an unpadded feed gives numbers, and the other NaN or zeros alone.
     """
     fits, numbers = {1: 0, 0: 0}, {1: False, 0: False}
-    for keep in (1, 0) if len(one.dims) == 2 else ():
+    for keep in (1, 0) if len(entry.dims) == 2 else ():
         arrays = build()
-        full = arrays | {one.name: np.full_like(arrays[one.name], keep)}
-        rows = np.zeros(full[one.name].shape, bool)
+        full = arrays | {entry.name: np.full_like(arrays[entry.name], keep)}
+        rows = np.zeros(full[entry.name].shape, bool)
         rows[:, 0] = True
-        first = full | {one.name: np.where(rows, 1 - keep, full[one.name]).astype(one.dtype)}
-        others = changed(first, rows, {one.name})
+        first = full | {entry.name: np.where(rows, 1 - keep, full[entry.name]).astype(entry.dtype)}
+        others = changed(first, rows, {entry.name})
         try:
             whole, before, after = (outputs(each) for each in (full, first, others))
         except Exception:  # ONNX Runtime's own types: it does not run so
@@ -138,12 +140,12 @@ def _by_invariance(
         seen = any(not _close(a, b) for a, b in zip(before, whole, strict=True))
         if seen and all(map(_numbers, before)) and all(_same(a, b, rows.shape) for a, b in pairs):
             fits[keep] = 2 if all(_close(a, b) for a, b in pairs) else 1
-    for told in (fits, numbers):
-        if told[1] != told[0]:
-            one.keep = int(told[1] > told[0])
-            one.drop = 1 - one.keep
+    for evidence in (fits, numbers):
+        if evidence[1] != evidence[0]:
+            entry.keep = int(evidence[1] > evidence[0])
+            entry.drop = 1 - entry.keep
             return
-    one.role = "floats" if one.is_float else "integers"
+    entry.role = "floats" if entry.is_float else "integers"
 
 
 def _numbers(array: np.ndarray) -> bool:
@@ -169,7 +171,7 @@ def _close(before: np.ndarray, after: np.ndarray) -> bool:
 # ── Values ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def filled(one: Input, shape: tuple[int, ...], padding: str, past: int = 0) -> np.ndarray:
+def filled(entry: Input, shape: tuple[int, ...], padding: str, past: int = 0) -> np.ndarray:
     """A mask of `shape` with `padding`, in its own type and sense: no, causal, right, left,
     holes, bias or all.
 
@@ -179,28 +181,28 @@ def filled(one: Input, shape: tuple[int, ...], padding: str, past: int = 0) -> n
     """
     kept = (
         _pairs(shape, padding)
-        if one.pairs
-        else _keys(shape, padding, past if one.counted and past else shape[-1])
+        if entry.pairs
+        else _keys(shape, padding, past if entry.counted and past else shape[-1])
     )
-    array = np.full(shape, one.keep, dtype=np.float64 if one.is_float else one.dtype)
-    drop = VERY_LOW.get(padding, one.drop) if one.additive else one.drop
-    array[~kept] = max(drop, lowest(one.dtype)) if np.isfinite(drop) else drop
+    array = np.full(shape, entry.keep, dtype=np.float64 if entry.is_float else entry.dtype)
+    drop = VERY_LOW.get(padding, entry.drop) if entry.additive else entry.drop
+    array[~kept] = max(drop, lowest(entry.dtype)) if np.isfinite(drop) else drop
     random = np.random.default_rng(2)
-    if one.additive and padding == "bias":
+    if entry.additive and padding == "bias":
         array = random.normal(size=shape)
-    special = [value for value in one.special if value not in (one.keep, one.drop)]
+    special = [value for value in entry.special if value not in (entry.keep, entry.drop)]
     if special and padding != "no":  # values that mean more than that there is a key
         marked = kept & (random.random(shape) < 0.2)
         array[marked] = random.choice(special, size=int(marked.sum()))
-    return array.astype(one.dtype)
+    return array.astype(entry.dtype)
 
 
 def ids(
-    one: Input, shape: tuple[int, ...], padding: str, random: np.random.Generator
+    entry: Input, shape: tuple[int, ...], padding: str, random: np.random.Generator
 ) -> np.ndarray:
     """Ids within bounds; where there is padding, those that the graph compares ids with."""
-    array = random.integers(one.low, one.bound, size=shape)
-    special = [value for value in one.special if one.low <= value < one.bound]
+    array = random.integers(entry.low, entry.bound, size=shape)
+    special = [value for value in entry.special if entry.low <= value < entry.bound]
     if special and padding not in ("no", "causal", "bias", "all") and len(shape) > 1:
         marked = ~_keys(shape, padding, shape[-1])
         array[marked] = np.random.default_rng(2).choice(special, size=int(marked.sum()))

@@ -38,15 +38,15 @@ def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
         keys = key.shape[2] if key.ndim == 4 else key.shape[1]
     if past is not None:
         keys += past.shape[axis]
-    found = np.zeros((batch, 1, queries, keys), bool)
+    hidden = np.zeros((batch, 1, queries, keys), bool)
     if mask is not None:
-        found = found | _of_mask(mask, batch, queries, keys)
+        hidden = hidden | _of_mask(mask, batch, queries, keys)
     if bias is not None:
-        found = found | ~(bias > MASKED)
-    if any(one.name == "unidirectional" and one.i for one in node.attribute):
+        hidden = hidden | ~(bias > MASKED)
+    if any(attribute.name == "unidirectional" and attribute.i for attribute in node.attribute):
         own = np.arange(queries)[:, None] + keys - queries
-        found = found | (np.arange(keys)[None, :] > own)
-    return found
+        hidden = hidden | (np.arange(keys)[None, :] > own)
+    return hidden
 
 
 def _of_mask(mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:

@@ -8,14 +8,18 @@ only where two positions are farther apart.
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.graph import walks
+from helpers.graph.values import finite_number
 
 ENOUGH = 1030  # positions beyond which no feed goes: above the windows of 1,024
 LARGE_TABLE = 64  # rows of a table that may end before a long feed does
+CONDITION = 200  # nodes nearest to an If that may decide on it
 SMALLEST = 4  # a window below this is passed by any feed
 _COUNTING = {"CumSum", "Range"}
 _KEEPING = {
@@ -43,19 +47,21 @@ _ROTATIONS = {  # operators with tables of sines: where the table is
 }
 
 
-def windows(model: ir.Model) -> list[int]:
-    """The windows, last buckets and offsets that the graph has, in positions, in order of size."""
-    positions = _positions(model)
-    found: set[int] = set()
+def windows(model: ir.Model, positions: set[ir.Value]) -> list[int]:
+    """The windows, last buckets and offsets that the graph has, in order of size.
+
+    `positions` are the values that hold them, and the unit of what is returned.
+    """
+    lengths: set[int] = set()
     for node in graph.nodes(model):
-        found |= {*_numbers(node, positions)}
+        lengths |= {*_numbers(node, positions)}
         local = node.attributes.get_int("local_window_size", -1)
-        found |= {local, *(_last_bucket(node, positions))}
-        found |= {node.attributes.get_int("left_window_size", -1)}
-    return sorted(one for one in found if SMALLEST <= one < 2**20)
+        lengths |= {local, *(_last_bucket(node, positions))}
+        lengths |= {node.attributes.get_int("left_window_size", -1)}
+    return sorted(length for length in lengths if SMALLEST <= length < 2**20)
 
 
-def _positions(model: ir.Model) -> set[ir.Value]:
+def positions(model: ir.Model) -> set[ir.Value]:
     """Values that hold positions, or are computed from positions and constants alone."""
     held: set[ir.Value] = set()
     for node in graph.nodes(model):
@@ -86,41 +92,21 @@ def _counts(value: ir.Value) -> bool:
     return row.size >= 8 and bool((np.abs(np.diff(row.astype(np.int64))) == 1).all())
 
 
-def _constant(value: ir.Value | None) -> float | None:
-    """The one number that a constant holds, or None."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is not None and node.op_type in ("Cast", "Identity", "Unsqueeze", "Reshape", "Expand"):
-        return _constant(node.inputs[0])
-    if node is not None and node.op_type == "Neg":
-        inner = _constant(node.inputs[0])
-        return None if inner is None else -inner
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1:
-        return None
-    try:
-        number = float(tensor.numpy().ravel()[0])
-    except Exception:  # a string
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _numbers(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
     """The numbers that `node` compares positions with, clips them to, or that shifted them."""
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type in ("Clip", "Max", "Min") and not positions.isdisjoint(inputs):
-        yield from (abs(round(c)) for c in map(_constant, inputs) if c is not None)
+        yield from (abs(round(c)) for c in map(finite_number, inputs) if c is not None)
     if node.op_type in ("Div", "Mod") and inputs[0] in positions:  # chunks of so many positions
-        length = _constant(inputs[1])
+        length = finite_number(inputs[1])
         yield from (int(length),) if length is not None and length == round(length) else ()
     if node.op_type == "Trilu" and len(inputs) > 1:
-        shift = _constant(inputs[1])
+        shift = finite_number(inputs[1])
         yield from () if shift is None else (abs(round(shift)),)
     if node.op_type not in _COMPARING or positions.isdisjoint(inputs):
         return
     for value in inputs:
-        number = _constant(value)
+        number = finite_number(value)
         if number is not None:
             yield abs(round(number))
         yield from _shifts(value, positions)
@@ -128,16 +114,16 @@ def _numbers(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
 
 def _shifts(value: ir.Value, positions: set[ir.Value]) -> Iterator[int]:
     """The numbers added to positions on the way to `value`."""
-    queue, seen = [value], set()
-    while queue:
-        value = queue.pop()
+
+    def above(value: ir.Value) -> list[ir.Value]:
         node = value.producer()
-        if value in seen or node is None or value not in positions:
-            continue
-        seen.add(value)
-        if node.op_type in _SHIFTING:
-            yield from (abs(round(c)) for c in map(_constant, node.inputs) if c is not None)
-        queue += [one for one in node.inputs if one is not None]
+        return [] if node is None else [operand for operand in node.inputs if operand in positions]
+
+    for held in walks.walk([value] if value in positions else [], above):
+        node = held.producer()
+        if node is not None and node.op_type in _SHIFTING:
+            numbers = map(finite_number, node.inputs)
+            yield from (abs(round(shift)) for shift in numbers if shift is not None)
 
 
 def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
@@ -149,10 +135,10 @@ def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
         return
     start, above = 1.0, node.inputs[0].producer()
     if above is not None and above.op_type in ("Div", "Mul"):
-        factor = next((c for c in map(_constant, above.inputs) if c), None)
+        factor = next((c for c in map(finite_number, above.inputs) if c), None)
         start = start if factor is None else factor if above.op_type == "Div" else 1 / factor
     for user in node.outputs[0].consumers():
-        factor = next((c for c in map(_constant, user.inputs) if c), None)
+        factor = next((c for c in map(finite_number, user.inputs) if c), None)
         if factor and user.op_type in ("Div", "Mul"):
             length = factor if user.op_type == "Div" else 1 / factor
             if 0 < length < 20:
@@ -161,36 +147,30 @@ def _last_bucket(node: ir.Node, positions: set[ir.Value]) -> Iterator[int]:
 
 def conditions(model: ir.Model) -> set[int]:
     """The sizes that decide which branch of an If runs."""
-    found: set[int] = set()
+    deciding: set[int] = set()
     for node in graph.nodes(model):
-        queue, seen = [node.inputs[0]] if node.op_type == "If" else [], set()
-        while queue and len(seen) < 200:
-            value = queue.pop()
-            above = value.producer() if value is not None else None
-            if above is None or above in seen:
-                continue
-            seen.add(above)
-            if above.op_type in _COMPARING | {"Equal"}:
-                numbers = filter(None, map(_constant, above.inputs))
-                found |= {abs(round(number)) for number in numbers}
-            queue += above.inputs
-    return found
+        condition = node.inputs[0].producer() if node.op_type == "If" else None
+        above = walks.upstream(condition) if condition is not None else ()
+        for test in islice(above, CONDITION):
+            if test.op_type in _COMPARING | {"Equal"}:
+                numbers = filter(None, map(finite_number, test.inputs))
+                deciding |= {abs(round(number)) for number in numbers}
+    return deciding
 
 
-def tables(model: ir.Model) -> list[int]:
-    """How many rows the tables have that are looked up by positions, or cut to their number."""
-    positions = _positions(model)
-    found: set[int] = set()
+def tables(model: ir.Model, positions: set[ir.Value]) -> list[int]:
+    """How many rows the tables have that are looked up by `positions`, or cut to their number."""
+    lengths: set[int] = set()
     for node in graph.nodes(model):
         if node.op_type in ("Gather", "GatherElements") and node.inputs[1] in positions:
-            found |= {*_rows(node.inputs[0], node.attributes.get_int("axis", 0))}
+            lengths |= {*_rows(node.inputs[0], node.attributes.get_int("axis", 0))}
         elif node.op_type == "Slice" and len(node.inputs) > 2:
-            data, end = node.inputs[0], _constant(node.inputs[2])
+            data, end = node.inputs[0], finite_number(node.inputs[2])
             axes = node.inputs[3] if len(node.inputs) > 3 else None
-            axis = _constant(axes) if axes is not None else 0
+            axis = finite_number(axes) if axes is not None else 0
             if data.is_initializer() and end is None and axis is not None:
-                found |= {*_rows(data, int(axis))}
-    return sorted(one for one in found if one > LARGE_TABLE)
+                lengths |= {*_rows(data, int(axis))}
+    return sorted(rows for rows in lengths if rows > LARGE_TABLE)
 
 
 def _rows(table: ir.Value, axis: int) -> Iterator[int]:
@@ -213,13 +193,13 @@ def table(model: ir.Model) -> int | None:
 def written(model: ir.Model) -> dict[int, list[ir.Node]]:
     """The sizes above 1 that constants give to Reshape and Expand, and to which nodes: one may be a
     length that the exporter wrote into the graph. Most frequent first."""
-    found: dict[int, list[ir.Node]] = {}
+    nodes_by_size: dict[int, list[ir.Node]] = {}
     for node in graph.nodes(model):
         if node.op_type in ("Reshape", "Expand"):
             for size in {*sizes(node.inputs[1])}:
                 if size > 1:
-                    found.setdefault(size, []).append(node)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+                    nodes_by_size.setdefault(size, []).append(node)
+    return dict(sorted(nodes_by_size.items(), key=lambda item: -len(item[1])))
 
 
 def sizes(shape: ir.Value | None) -> Iterator[int]:
@@ -231,4 +211,4 @@ def sizes(shape: ir.Value | None) -> Iterator[int]:
         return
     tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
     if tensor is not None and 0 < tensor.size < 16 and tensor.dtype.is_integer():
-        yield from (int(one) for one in tensor.numpy().ravel())
+        yield from (int(item) for item in tensor.numpy().ravel())

@@ -13,40 +13,43 @@ from helpers.feeds.inputs import Input
 from helpers.feeds.scores import Scores
 
 
-def read(npz: str | Path | None, path: str | Path) -> tuple[list[Feed], str]:
+def read(npz: str | Path | None, model: str | Path | files.Opened) -> tuple[list[Feed], str]:
     """What `load` gives, or where there is no file `npz`, what `infer` does."""
-    return load(npz, path) if npz else infer(path)
+    return load(npz, model) if npz else infer(model)
 
 
-def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
-    """The feed in the file `npz`, an array for each input of the model, and a description.
+def load(npz: str | Path, model: str | Path | files.Opened) -> tuple[list[Feed], str]:
+    """The feed in the file `npz`, an array for each input of `model`, and a description.
 
     Raises `files.BadInput` on a file that is none, and on names, types, ranks or fixed sizes that
     are not the model's, and ids outside of the table that they index.
     """
-    npz, path = Path(npz), Path(path).absolute()
+    npz, opened = Path(npz), files.Opened.of(model)
     arrays = _arrays(npz)
-    model = graph.load(path, weights=False)
-    wanted = inputs.read(model, path)
-    names = [one.name for one in wanted]
+    inner = opened.model.clone()  # whose shapes are inferred
+    sites = graph.sites(inner)
+    wanted = inputs.read(inner, opened.path, sites)
+    names = [entry.name for entry in wanted]
     if set(arrays) != set(names):
         raise files.BadInput(
             f"{npz}: expected arrays {', '.join(names)}, found {', '.join(arrays) or 'none'};"
-            f" name them as the inputs of {path.name}"
+            f" name them as the inputs of {opened.path.name}"
         )
     _check(npz, wanted, arrays)
-    masks = [one for one in wanted if one.is_mask]
+    masks = [entry for entry in wanted if entry.is_mask]
     masked = settled = None
     if masks:
-        with closing(Scores(path)) as scores:
+        with closing(Scores(opened, sites)) as scores:
             masked = _masked(scores, arrays)
             settled = scores.settled(arrays, masked)
     keys = {
-        one.name: arrays[one.name] != 0
-        for one in masks
-        if len(one.dims) == 2 and arrays[one.name].dtype.kind != "b" and not one.is_float
+        entry.name: arrays[entry.name] != 0
+        for entry in masks
+        if len(entry.dims) == 2 and arrays[entry.name].dtype.kind != "b" and not entry.is_float
     }
-    fixed = frozenset(one.name for one in wanted if one.role not in ("ids", "floats", "integers"))
+    fixed = frozenset(
+        entry.name for entry in wanted if entry.role not in ("ids", "floats", "integers")
+    )
     feed = Feed(npz.name, arrays, keys, masked=masked, fixed=fixed, settled=settled)
     return [feed], f"from {npz.name}: {', '.join(map(str, wanted))}"
 
@@ -54,7 +57,7 @@ def load(npz: str | Path, path: str | Path) -> tuple[list[Feed], str]:
 def _masked(scores: Scores, arrays: dict[str, np.ndarray]) -> list[np.ndarray] | None:
     """Where queries have no key; None where the model does not tell, or does not run."""
     try:
-        return [one.all(axis=-1) for one in scores.masked(arrays)] or None
+        return [score.all(axis=-1) for score in scores.masked(arrays)] or None
     except Exception:  # ONNX Runtime's own types: whoever compares will say that it does not run
         return None
 
@@ -74,28 +77,28 @@ def _arrays(npz: Path) -> dict[str, np.ndarray]:
 
 def _check(npz: Path, wanted: list[Input], arrays: dict[str, np.ndarray]) -> None:
     sizes: dict[str, tuple[int, str]] = {}  # by name of a dimension, and whose it is
-    for one in wanted:
-        array = arrays[one.name]
+    for entry in wanted:
+        array = arrays[entry.name]
         found = f"found {array.dtype} {array.shape}"
-        fits = array.dtype == one.dtype and array.ndim == len(one.dims)
-        pairs = list(zip(one.dims, array.shape, strict=False))
+        fits = array.dtype == entry.dtype and array.ndim == len(entry.dims)
+        pairs = list(zip(entry.dims, array.shape, strict=False))
         if not fits or any(isinstance(dim, int) and dim != length for dim, length in pairs):
-            raise files.BadInput(f"{npz}: expected {one}, {found}; change the array")
+            raise files.BadInput(f"{npz}: expected {entry}, {found}; change the array")
         for dim, length in pairs:
             if isinstance(dim, int):
                 continue
-            known, whose = sizes.setdefault(dim, (length, one.name))
-            if known != length:
+            first, whose = sizes.setdefault(dim, (length, entry.name))
+            if first != length:
                 raise files.BadInput(
-                    f"{npz}: expected {dim} of one size, found {known} in {whose} and {length} in"
-                    f" {one.name}; change the arrays"
+                    f"{npz}: expected {dim} of one size, found {first} in {whose} and {length} in"
+                    f" {entry.name}; change the arrays"
                 )
-        if not array.size and one.role not in ("cache", "cross"):  # which may be empty
-            raise files.BadInput(f"{npz}: expected values for {one}, {found}; change the array")
-        if one.role == "ids" and array.size and not 0 <= array.min() <= array.max() < one.bound:
+        if not array.size and entry.role not in ("cache", "cross"):  # which may be empty
+            raise files.BadInput(f"{npz}: expected values for {entry}, {found}; change the array")
+        if entry.role == "ids" and array.size and not 0 <= array.min() <= array.max() < entry.bound:
             raise files.BadInput(
-                f"{npz}: expected {one.name} from 0 to {one.bound - 1}, the rows of the table that"
-                f" it indexes, found {array.min()} to {array.max()}; change the ids"
+                f"{npz}: expected {entry.name} from 0 to {entry.bound - 1}, the rows of the table"
+                f" that it indexes, found {array.min()} to {array.max()}; change the ids"
             )
 
 

@@ -8,6 +8,7 @@ since nothing inside of a branch can be given out; so each choice of branches ha
 
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,17 @@ Arrays = dict[str, np.ndarray]
 
 
 class Scores:
-    """Runs the model at `path` for the scores of its attention sites.
+    """Runs the model at `path` for the scores of its attention sites, which are `sites` if they are
+    known.
 
     `branches` has, for each If by name, the values that its condition has had in the runs so far.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path | files.Opened, sites: Sequence[graph.Site] | None = None
+    ) -> None:
         self.path = Path(path).absolute()
+        self._sites = sites
         self.branches: dict[str, set[bool]] = {}
         self._sessions: dict[tuple[bool, ...], _Exposed] = {}
         self._proto, self._folder = external.read(self.path)
@@ -52,7 +57,7 @@ class Scores:
         """For each output, True where it does not depend on what rows get that have no key; these
         are `lacking`, of each site (batch, heads, queries) as the graph has them. None where all
         rows have a key, or where that cannot be found."""
-        if not any(one.any() for one in lacking or ()):
+        if not any(rows.any() for rows in lacking or ()):
             return None
         exposed = self._session(self.choice(arrays))
         try:
@@ -91,7 +96,8 @@ class Scores:
             while left and (count := len(_branchings(proto))):
                 _choose(proto, left[:count])
                 left = left[count:]
-            self._sessions[choice] = _Exposed(proto, self._folder)
+            sites = self._sites if proto is self._proto else None  # others are in a branch
+            self._sessions[choice] = _Exposed(proto, self._folder, sites)
             if proto is self._proto:
                 self._proto = onnx.ModelProto()  # nothing branches: its session is the only one
         return self._sessions[choice]
@@ -124,23 +130,25 @@ class _Site:
 class _Exposed:
     """A session on `proto` that gives out scores and outputs, or conditions of what branches."""
 
-    def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
+    def __init__(
+        self, proto: onnx.ModelProto, folder: Path, sites: Sequence[graph.Site] | None
+    ) -> None:
         self.conditions = [
             (node.name or node.output[0], node.input[0]) for node in _branchings(proto)
         ]
-        given = {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
-        self.outputs = [one.name for one in proto.graph.output if one.name not in given]
+        given = {tensor.name for tensor in (*proto.graph.input, *proto.graph.initializer)}
+        self.outputs = [tensor.name for tensor in proto.graph.output if tensor.name not in given]
         self.types: dict[str, np.dtype] = {}  # of what is added
-        self.sites = [] if self.conditions else self._expose(proto)
+        self.sites = [] if self.conditions else self._expose(proto, sites)
         reads = [name for _, name in self.conditions]
         for site in self.sites:
             reads += operator_masks.reads(site.operator) if site.operator else [site.scores]
         wanted = [name for name in reads if name not in given]
         self.wanted = list(dict.fromkeys([*wanted, *(self.outputs if self.sites else ())]))
         self.given = {
-            one.name: onnx.numpy_helper.to_array(one, str(folder))
-            for one in proto.graph.initializer
-            if one.name in reads
+            tensor.name: onnx.numpy_helper.to_array(tensor, str(folder))
+            for tensor in proto.graph.initializer
+            if tensor.name in reads
         }
         self.session: ort.InferenceSession | None = None
         if self.wanted:
@@ -149,28 +157,30 @@ class _Exposed:
             del proto.graph.value_info[:]
             self.session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
 
-    def _expose(self, proto: onnx.ModelProto) -> list[_Site]:
+    def _expose(self, proto: onnx.ModelProto, sites: Sequence[graph.Site] | None) -> list[_Site]:
         """The sites that tell what they mask, each with an input that is added to its result."""
-        made = {name: node for node in proto.graph.node for name in node.output}
-        found = []
-        for site in graph.sites(graph.inline(ir.from_proto(proto))):
+        if sites is None:
+            sites = graph.sites(graph.inline(ir.from_proto(proto)))
+        makers = {name: node for node in proto.graph.node for name in node.output}
+        exposed = []
+        for site in sites:
             result = (site.context or site.node).outputs[0]
-            node = made.get(site.node.outputs[0].name)
-            if node is None or result.name not in made:
+            node = makers.get(site.node.outputs[0].name)
+            if node is None or result.name not in makers:
                 continue
             scores = site.node.inputs[0].name if site.scores else _open(node)
-            told = scores in made if site.scores else scores or operator_masks.reads(node)
-            if told:
+            readable = scores in makers if site.scores else scores or operator_masks.reads(node)
+            if readable:
                 operator = None if scores else node
-                added = self._added(proto, made[result.name], result)
-                found.append(_Site(scores, operator, added, _axes(site)))
-        return found
+                added = self._added(proto, makers[result.name], result)
+                exposed.append(_Site(scores, operator, added, _axes(site)))
+        return exposed
 
     def _added(self, proto: onnx.ModelProto, node: onnx.NodeProto, result: ir.Value) -> str:
         """Put an Add of a new input behind `result`; returns the input's name."""
         name = f"{result.name}_added"
-        at = next(i for i, one in enumerate(proto.graph.node) if one is node or one == node)
-        outputs = [f"{one}_before" if one == result.name else one for one in node.output]
+        at = next(i for i, other in enumerate(proto.graph.node) if other is node or other == node)
+        outputs = [f"{other}_before" if other == result.name else other for other in node.output]
         node.output[:] = outputs
         before = f"{result.name}_before"
         proto.graph.node.insert(at + 1, onnx.helper.make_node("Add", [before, name], [result.name]))
@@ -190,8 +200,8 @@ class _Exposed:
             of_sites = zip(self.sites, lacking or [None] * len(self.sites), strict=True)
             noise = {site.added: site.noise(where) for site, where in of_sites}
             noise = {name: array.astype(self.types[name]) for name, array in noise.items()}
-            found = self.session.run(self.wanted, arrays | noise)
-            values |= dict(zip(self.wanted, found, strict=True))
+            results = self.session.run(self.wanted, arrays | noise)
+            values |= dict(zip(self.wanted, results, strict=True))
         return values
 
 
@@ -200,9 +210,10 @@ def _type(value: ir.Value | None) -> ir.DataType:
     while value is not None and value.dtype is None and (node := value.producer()) is not None:
         if node.op_type == "Cast":
             return ir.DataType(node.attributes.get_int("to", 1))
-        read = [one for one in node.inputs if one is not None]
-        first = read[node.op_type == "Where"] if len(read) > 1 else next(iter(read), None)
-        value = next((one for one in read if one.dtype and one.dtype.is_floating_point()), first)
+        operands = [operand for operand in node.inputs if operand is not None]
+        floats = (typed for typed in operands if typed.dtype and typed.dtype.is_floating_point())
+        chosen = operands[1:] if node.op_type == "Where" and len(operands) > 1 else operands
+        value = next(floats, next(iter(chosen), None))
     return value.dtype if value is not None and value.dtype else ir.DataType.FLOAT
 
 
@@ -230,7 +241,7 @@ def _choose(proto: onnx.ModelProto, conditions: list[bool]) -> None:
             proto.graph.node.append(node)
             continue
         wanted = "then_branch" if next(values) else "else_branch"
-        branch = next(one.g for one in node.attribute if one.name == wanted)
+        branch = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
         _rename(branch, _made(proto.graph) & _made(branch), node.name or node.output[0])
         proto.graph.initializer.extend(branch.initializer)
         proto.graph.node.extend(branch.node)
@@ -243,7 +254,7 @@ def _choose(proto: onnx.ModelProto, conditions: list[bool]) -> None:
 
 def _made(inside: onnx.GraphProto) -> set[str]:
     return {name for node in inside.node for name in node.output if name} | {
-        one.name for one in inside.initializer
+        tensor.name for tensor in inside.initializer
     }
 
 
@@ -259,8 +270,8 @@ def _rename(inside: onnx.GraphProto, names: set[str], prefix: str) -> None:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 _rename(inner, names, prefix)
-    for one in (*inside.initializer, *inside.output) if names else ():
-        one.name = new(one.name)
+    for tensor in (*inside.initializer, *inside.output) if names else ():
+        tensor.name = new(tensor.name)
 
 
 def _open(node: onnx.NodeProto) -> str | None:
@@ -272,7 +283,7 @@ def _open(node: onnx.NodeProto) -> str | None:
     if node.output[3]:
         return None
     node.output[3] = f"{node.output[0]}_scores"
-    kept = [one for one in node.attribute if one.name != "qk_matmul_output_mode"]
+    kept = [attribute for attribute in node.attribute if attribute.name != "qk_matmul_output_mode"]
     del node.attribute[:]
     node.attribute.extend([*kept, onnx.helper.make_attribute("qk_matmul_output_mode", 2)])
     return node.output[3]

@@ -63,51 +63,62 @@ class Sizes:
         self.kind: dict[str, str] = {}
         # A first axis is the batch, unless its name is a later axis too: of a mask (n, n), or of a
         # signal that has its length first.
-        later = {s for one in inputs for dim in one.dims[1:] for s in _symbols(dim)}
+        later = {s for entry in inputs for dim in entry.dims[1:] for s in _symbols(dim)}
 
         def claim(kind: str, dims: Sequence[int | str]) -> None:
             for dim in dims:
                 for symbol in _symbols(dim):
                     self.kind.setdefault(symbol, kind)
 
-        for one in inputs:
-            several = len(one.dims) > 1 or one.role in ("lengths", "last")
-            if several and one.role != "mask":
-                claim(BATCH, [dim for dim in one.dims[:1] if not later & {*_symbols(dim)}])
-        for one in inputs:  # a signal that has its length first has the batch after that
-            if one.role == "floats" and len(one.dims) > 2 and later & {*_symbols(one.dims[0])}:
-                claim(BATCH, one.dims[1:2])
-        for one in inputs:  # a mask's own first axis: (batch · heads, …), or queries, or a batch
-            if one.role == "mask" and len(one.dims) > 1:
-                own = [dim for dim in one.dims[:1] if not later & {*_symbols(dim)}]
-                claim({2: "rows", 3: "folded"}.get(len(one.dims), BATCH), own)
-        for one in inputs:
-            claim("cross", one.dims[-2:] if one.role == "cross" else [])
-        for one in inputs:
-            claim("past", one.dims[-2:] if one.role == "cache" else [])
-        for one in inputs:
-            claim("signal", one.dims if one.role == "floats" else [])
-        for one in inputs:
-            claim("token", one.dims if one.role not in ("mask", "floats", "cache", "cross") else [])
-        for one in inputs:
-            if one.role == "mask":
-                claim("mask", one.dims[-1:])
-                claim("queries", one.dims)
-        for one in inputs:
-            claim("signal", one.dims)
-        floats = [one for one in inputs if one.role == "floats"]
-        self.waveform = any(len(one.dims) == 2 for one in floats)
-        self.image = any(len(one.dims) >= 4 for one in floats)
+        for entry in inputs:
+            several = len(entry.dims) > 1 or entry.role in ("lengths", "last")
+            if several and entry.role != "mask":
+                claim(BATCH, [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}])
+        for entry in inputs:  # a signal that has its length first has the batch after that
+            if (
+                entry.role == "floats"
+                and len(entry.dims) > 2
+                and later & {*_symbols(entry.dims[0])}
+            ):
+                claim(BATCH, entry.dims[1:2])
+        for entry in inputs:  # a mask's own first axis: (batch · heads, …), or queries, or a batch
+            if entry.role == "mask" and len(entry.dims) > 1:
+                own = [dim for dim in entry.dims[:1] if not later & {*_symbols(dim)}]
+                claim({2: "rows", 3: "folded"}.get(len(entry.dims), BATCH), own)
+        for entry in inputs:
+            claim("cross", entry.dims[-2:] if entry.role == "cross" else [])
+        for entry in inputs:
+            claim("past", entry.dims[-2:] if entry.role == "cache" else [])
+        for entry in inputs:
+            claim("signal", entry.dims if entry.role == "floats" else [])
+        for entry in inputs:
+            claim(
+                "token",
+                entry.dims if entry.role not in ("mask", "floats", "cache", "cross") else [],
+            )
+        for entry in inputs:
+            if entry.role == "mask":
+                claim("mask", entry.dims[-1:])
+                claim("queries", entry.dims)
+        for entry in inputs:
+            claim("signal", entry.dims)
+        floats = [entry for entry in inputs if entry.role == "floats"]
+        self.waveform = any(len(entry.dims) == 2 for entry in floats)
+        self.image = any(len(entry.dims) >= 4 for entry in floats)
         self.past = "past" in self.kind.values()
         widths = [
-            one
-            for one in inputs
-            if one.role == "ids"
-            or (one.role == "floats" and 0 < len(one.dims) < 4 and isinstance(one.dims[-1], int))
+            entry
+            for entry in inputs
+            if entry.role == "ids"
+            or (
+                entry.role == "floats"
+                and 0 < len(entry.dims) < 4
+                and isinstance(entry.dims[-1], int)
+            )
         ]
-        fixed = [one.dims[1] for one in widths if len(one.dims) > 1]
+        fixed = [entry.dims[1] for entry in widths if len(entry.dims) > 1]
         self.fixed = next((dim for dim in fixed if isinstance(dim, int)), 0)
-        cached = [one.dims[-2] for one in inputs if one.role == "cache"]
+        cached = [entry.dims[-2] for entry in inputs if entry.role == "cache"]
         self.fixed_past = next((dim for dim in cached if isinstance(dim, int)), 0)
 
     def queries(self, at: "At") -> int:

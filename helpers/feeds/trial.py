@@ -4,7 +4,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -23,27 +22,28 @@ Flags = dict[str, int]
 
 
 class Trial:
-    """The model at `path`, with what its inputs hold, a session, and the scores of its sites.
+    """A model with what its inputs hold, a session, and the scores of its sites.
 
     Raises `files.BadInput` where an input is none that can be inferred, or the model does not load.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.model = graph.load(path, weights=False)
-        self.inputs = inputs.read(self.model, path)
-        for one in self.inputs:
-            if one.indexes or (one.dtype.kind not in "fiub" and not one.is_float):
+    def __init__(self, opened: files.Opened) -> None:
+        self.path = opened.path
+        self.model = opened.model.clone()  # whose shapes are inferred
+        sites = graph.sites(self.model)
+        self.inputs = inputs.read(self.model, self.path, sites)
+        for entry in self.inputs:
+            if entry.indexes or (entry.dtype.kind not in "fiub" and not entry.is_float):
                 raise files.BadInput(
-                    f"{path}: expected inputs that can be inferred (ids, masks, floats), found"
-                    f" {one}; give --inputs FEEDS.npz"
+                    f"{self.path}: expected inputs that can be inferred (ids, masks, floats), found"
+                    f" {entry}; give --inputs FEEDS.npz"
                 )
         self.order = {node.name: i for i, node in enumerate(graph.nodes(self.model))}
         self.sizes = Sizes(self.inputs)
-        self.session = _session(path)
-        self.scores = Scores(path)
-        self.masks = [one for one in self.inputs if one.is_mask]
-        self.flags = [one for one in self.inputs if one.role == "flag"]
+        self.session = _session(opened)
+        self.scores = Scores(opened, sites)
+        self.masks = [entry for entry in self.inputs if entry.is_mask]
+        self.flags = [entry for entry in self.inputs if entry.role == "flag"]
 
     def arrays(
         self, at: At, padding: str = "no", flags: Flags | None = None, only: str = ""
@@ -53,20 +53,20 @@ class Trial:
         sizes, random = self.sizes.assign(at), np.random.default_rng(0)
         queries, past = self.sizes.queries(at), self.sizes.before(at)
         arrays = {}
-        for one in self.inputs:
-            shape = tuple(size(dim, sizes) for dim in one.dims)
-            own = padding if only in ("", one.name) else "no"
-            if one.is_mask:
-                values = masks.filled(one, shape, own, past)
-            elif one.role == "flag":
-                values = np.full(shape, (flags or {}).get(one.name, 0))
-            elif one.role == "ids":
-                values = masks.ids(one, shape, own, random)
-            elif one.role == "amount":
+        for entry in self.inputs:
+            shape = tuple(size(dim, sizes) for dim in entry.dims)
+            own = padding if only in ("", entry.name) else "no"
+            if entry.is_mask:
+                values = masks.filled(entry, shape, own, past)
+            elif entry.role == "flag":
+                values = np.full(shape, (flags or {}).get(entry.name, 0))
+            elif entry.role == "ids":
+                values = masks.ids(entry, shape, own, random)
+            elif entry.role == "amount":
                 values = np.full(shape, max(1, int((queries + past) * AMOUNTS.get(own, 1))))
             else:
-                values = _values(one, shape, queries, past, random)
-            arrays[one.name] = np.asarray(values).astype(one.dtype)
+                values = _values(entry, shape, queries, past, random)
+            arrays[entry.name] = np.asarray(values).astype(entry.dtype)
         return arrays
 
     def problem(self, at: At, flags: Flags, padding: str = "no") -> Exception | None:
@@ -95,12 +95,16 @@ class Trial:
             masked = self.scores.masked(self.arrays(at, "no", flags)) if self.scores else []
         except Exception:  # ONNX Runtime's own types
             masked = []
-        return max([one.shape[-1] for one in masked if one.ndim], default=self.counted(at))
+        return max([score.shape[-1] for score in masked if score.ndim], default=self.counted(at))
 
     def smallest(self, flags: Flags, problems: list[Exception]) -> At | None:
         """The first sizes that the model runs on."""
-        constants = [one for one in reach.written(self.model) if one <= 4096][:40]
-        constants += [one - 1 for one in constants if one > 2]  # without what a class token adds
+        constants = [
+            size_written for size_written in reach.written(self.model) if size_written <= 4096
+        ][:40]
+        constants += [
+            size_written - 1 for size_written in constants if size_written > 2
+        ]  # without what a class token adds
         start = time.monotonic()
         for at in self.sizes.tries(constants):
             failed = self.problem(at, flags)
@@ -164,14 +168,14 @@ class Trial:
         sizes = re.search(r"requested shape: ?\{([^}]*)\}", str(error))
         raised = re.search(r"running (Reshape|Expand) node", str(error)) and _node(error)
         holding = reach.written(self.model).get(length, ())  # (batch, length, …), or length alone
-        known = [node for node in holding if length in [*reach.sizes(node.inputs[1])][:2]]
-        if not raised and not known:
+        fitting = [node for node in holding if length in [*reach.sizes(node.inputs[1])][:2]]
+        if not raised and not fitting:
             return ""
-        named = raised or graph.name(known[0])
+        named = raised or graph.name(fitting[0])
         given = (sizes[1] if sizes else files.told(error, 100)) if raised else ""
-        if known and not raised:
-            given = ",".join(map(str, reach.sizes(known[0].inputs[1])))
-        more = f" and {len(known) - 1} more" if not raised and len(known) > 1 else ""
+        if fitting and not raised:
+            given = ",".join(map(str, reach.sizes(fitting[0].inputs[1])))
+        more = f" and {len(fitting) - 1} more" if not raised and len(fitting) > 1 else ""
         return (
             f"sizes that the exporter wrote into node {named}{more} ({given}), so that it fits one"
             " length only"
@@ -179,7 +183,7 @@ class Trial:
 
     def find_senses(self, flags: Flags, at: At) -> None:
         """What the masks mean, as far as it shows with these flags."""
-        unknown = [one for one in self.masks if one.is_mask and not one.in_scores]
+        unknown = [entry for entry in self.masks if entry.is_mask and not entry.in_scores]
         if not unknown:
             return
 
@@ -190,39 +194,39 @@ class Trial:
             return self.session.run(None, arrays)
 
         masks.find_senses(unknown, self.scores, build, outputs)
-        self.masks = [one for one in self.masks if one.is_mask]
+        self.masks = [entry for entry in self.masks if entry.is_mask]
 
 
-def _session(path: Path) -> ort.InferenceSession:
+def _session(opened: files.Opened) -> ort.InferenceSession:
     """A session as users make it, or where what it optimises cannot be loaded, as it is."""
     try:
-        return files.session(path)
+        return opened.session()
     except Exception:  # ONNX Runtime's own types
         try:
-            return files.session(path, optimise=False)
+            return opened.session(optimise=False)
         except Exception as error:
-            raise files.refused(path, error) from None
+            raise files.refused(opened.path, error) from None
 
 
 def _node(error: Exception) -> str:
     """The name of the node at which ONNX Runtime stopped, or nothing."""
-    found = re.search(r"Name: ?'([^']*)'", str(error))
-    return found[1] if found else ""
+    place = re.search(r"Name: ?'([^']*)'", str(error))
+    return place[1] if place else ""
 
 
 def _values(
-    one: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
+    entry: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
 ) -> np.ndarray:
     """Seeded values for an input that is no mask, no flag and no ids."""
-    if one.role in ("floats", "cache", "cross"):
+    if entry.role in ("floats", "cache", "cross"):
         return random.normal(size=shape)
-    if one.role == "integers":
-        return random.integers(0, 256 if one.dtype == np.uint8 else 2, size=shape)
-    if one.role == "positions":
+    if entry.role == "integers":
+        return random.integers(0, 256 if entry.dtype == np.uint8 else 2, size=shape)
+    if entry.role == "positions":
         return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
-    length = token + (past if one.role in ("last", "total") else 0)
-    if one.role == "total":
+    length = token + (past if entry.role in ("last", "total") else 0)
+    if entry.role == "total":
         return np.full(shape, length)
     # The first sample is as long as all positions, the others are shorter.
     lengths = np.maximum(length - np.arange(int(np.prod(shape))) * max(length // 3, 1), 1)
-    return lengths.reshape(shape) - (one.role == "last")
+    return lengths.reshape(shape) - (entry.role == "last")

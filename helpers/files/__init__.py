@@ -1,16 +1,19 @@
 """Model files: refuse a bad one at once, write a good one whole or not at all; sessions."""
 
 from helpers.errors import BadInput
-from helpers.files.checking import SLOW, check, data, size
+from helpers.files.checking import SLOW, check, checked
+from helpers.files.opening import Opened, data, size
 from helpers.files.refusals import raised, refused, told
+from helpers.files.saving import ONE_FILE, replacing, save, scratch, write, writing
 from helpers.files.sessions import give_back, session
-from helpers.files.writing import ONE_FILE, replacing, save, scratch, write, writing
 
 __all__ = [
     "ONE_FILE",
     "SLOW",
     "BadInput",
+    "Opened",
     "check",
+    "checked",
     "data",
     "give_back",
     "raised",

@@ -13,18 +13,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
 
+from helpers import graph
 from helpers.errors import BadInput
+from helpers.files.opening import Contents, Opened
 from helpers.files.refusals import lacking, refused
-from helpers.files.refusals import raised as raised
-from helpers.files.refusals import told as told
-from helpers.files.sessions import give_back, session
+from helpers.files.sessions import give_back
 from helpers.graph import external
 
 SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
-
-
-# ── Reading ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def check(path: str | Path, *, notes: list[str] | None = None) -> Path:
@@ -34,22 +31,29 @@ def check(path: str | Path, *, notes: list[str] | None = None) -> Path:
     error: the reason is added there. ONNX Runtime decides, and not onnx's checker, which refuses
     some of what it runs (nodes that are not sorted, an output without a shape).
     """
-    path = Path(path).absolute()
-    model = _parsed(path)
-    _check_external(path, model)
+    return checked(path, notes=notes).path
+
+
+def checked(path: str | Path, *, notes: list[str] | None = None) -> Opened:
+    """What `check` has read of the model at `path`, to be handed on."""
+    opened = Opened(path)
+    proto = _parsed(opened.path)
+    data = _checked_data(opened.path, proto)
     try:
-        ir.from_proto(model)
-        del model  # the session reads the file again
-        if path.stat().st_size > SLOW:
+        model = ir.from_proto(graph.without_weights(proto))
+        del proto  # the session reads the file again
+        if opened.path.stat().st_size > SLOW:
             gc.collect()  # models are in cycles
             give_back()
-        session(path, optimise=False)
+        opened.contents = Contents(model, data)
+        opened.session(optimise=False)
     except Exception as error:  # each library raises its own types; all mean that it does not load
-        why = lacking(path, error)
+        why = lacking(opened.path, error)
         if notes is None or not why:
-            raise refused(path, error) from None
+            raise refused(opened.path, error) from None
         notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {why}")
-    return path
+    graph.inline(model)
+    return opened
 
 
 def _parsed(path: Path) -> onnx.ModelProto:
@@ -107,9 +111,12 @@ def _other(start: bytes) -> str:
     return ""
 
 
-def _check_external(path: Path, model: onnx.ModelProto) -> None:
-    """Raise `BadInput` where the external data of the model at `path` is not whole, or elsewhere
-    than `external.place` allows."""
+def _checked_data(path: Path, model: onnx.ModelProto) -> set[Path]:
+    """The files with the external data of the model at `path`, without links.
+
+    Raises `BadInput` where it is not whole, or elsewhere than `external.place` allows.
+    """
+    found = set()
     for tensor in external.tensors(model):
         file = external.place(path, tensor)
         wanted = f"{path}: expected the values of {tensor.name or 'a tensor'}"
@@ -126,17 +133,5 @@ def _check_external(path: Path, model: onnx.ModelProto) -> None:
                 f" a length of {length if length is not None else 'none'}: truncated, or not this"
                 " model's; get the file again, or export it again"
             )
-
-
-def size(path: str | Path) -> int:
-    """Bytes on disk of the model at `path`, its external data included."""
-    return sum(file.stat().st_size for file in {Path(path).absolute(), *data(path)})
-
-
-def data(path: str | Path) -> set[Path]:
-    """The files that hold the external data of the model at `path`; links are followed."""
-    model, folder = external.read(path)
-    return {folder / external.location(tensor) for tensor in external.tensors(model)}
-
-
-# ── Writing ─────────────────────────────────────────────────────────────────────────────────────
+        found.add(file)
+    return found

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from helpers.files.refusals import raised as raised
-from helpers.files.refusals import told as told
 from helpers.graph import external
 
 FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime

@@ -22,16 +22,16 @@ axes before the last two; the operator gets them with four. Follows ONNX's Atten
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 
 from helpers import graph
 from helpers.fuse import forms, products
-from helpers.graph.shapes import expanded
+from helpers.fuse.building import RESHAPES, Reading, build
+from helpers.graph import walks
 from helpers.graph.values import NOTHING, dim, number, rank, sized_by, tail
 
-_SAME = {"Cast", "CastLike", "Dropout", "Identity"}
-_RESHAPES = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+_CASTS = {"Cast", "CastLike"}
+_SAME = {*_CASTS, "Dropout", "Identity"}
 
 
 class Left(Exception):
@@ -41,64 +41,58 @@ class Left(Exception):
 def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
     """Replace what `site` computes by a standard Attention, which is returned.
 
-    Raises `Left`, with `model` as it was, where that cannot be done.
+    Raises `Left`, with what `model` computes as it was, where that cannot be done.
     """
-    return _Lift(model, site).replace()
+    scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
+    if scores is None or context is None:
+        raise Left(f"its products are {site.scores.op_type} and {site.context.op_type}")
+    site = dataclasses.replace(site, scores=scores, context=context)
+    return build(_Reader(model, site).read())
 
 
-class _Lift:
-    """One site as it is read, and the nodes that will stand for it."""
+class _Reader:
+    """Reads a site from its first product to its last into a `Reading`, which is all its state."""
 
     def __init__(self, model: ir.Model, site: graph.Site) -> None:
-        kinds = site.scores.op_type, site.context.op_type
-        scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
-        if scores is None or context is None:
-            raise Left(f"its products are {kinds[0]} and {kinds[1]}")
-        site = dataclasses.replace(site, scores=scores, context=context)
-        self.site = site
         self.of_scores, self.of_weights = _below(site.scores), _below(site.node)
-        self.tape = ir.tape.Tape()
-        self.known = graph.from_input(model)
-        self.scale = 1.0
-        self.softcap: float | None = None  # 0 between the tanh and the factor after it
-        self.bias: ir.Value | None = None
-        self.row_scales: list[tuple[str, ir.Value]] = []  # Mul or Div, and by what
-        self.result_scales: list[tuple[str, ir.Value]] = []
-        self.conditions: list[tuple[ir.Value, bool]] = []  # of masks: what, and where it holds
-        self.reshapes: list[ir.Node] = []
-        self.full = False  # whether the bias has been brought to the shape of all scores
-        self.casts = False
-        self.shifted = False  # whether the scores have been shifted, each row by a number
-        self.added: ir.Value | None = None  # how many keys were added that are not the product's
-        self.dropped = False  # whether their weights are dropped after the Softmax
+        self.reading = Reading(site, graph.from_input(model))
+        self.tape = self.reading.tape
 
-    def replace(self) -> ir.Node:
-        """Read the site, build the operator, put it in place."""
-        scores, softmax, context = self.site.scores, self.site.node, self.site.context
+    def read(self) -> Reading:
+        """All that the site does; raises `Left` where no operator does that."""
+        reading, site = self.reading, self.reading.site
+        softmax, context = site.node, site.context
         if softmax.op_type != "Softmax":
             raise Left(f"{graph.name(softmax)} is a {softmax.op_type}, and not a Softmax")
-        before = self._between(self.of_scores, scores, softmax.inputs[0])
-        axis = softmax.attributes.get_int("axis", -1)
-        axis -= (rank(softmax.inputs[0]) or 0) if axis >= 0 else 0
-        for node, _ in reversed(before):
-            axis = graph.through(node, axis, forward=False) or axis
+        before = self._between(self.of_scores, site.scores, softmax.inputs[0])
+        reading.before = [node for node, _ in before]
         # Where the keys are on the last axis but one, everything is read as transposed.
-        self.flip = axis == -2
-        self._read_operands(*scores.inputs)
-        self.before = before
-        for node, at in before:
-            self._read_score(node, at)
-        if softmax.attributes.get_int("axis", -1) % max(rank(softmax.inputs[0]) or 4, 1) != (
-            (rank(softmax.inputs[0]) or 4) - 1 - self.flip
-        ):
+        reading.flipped = self._axis_of_keys() == -2
+        self._read_operands(*site.scores.inputs)
+        for node, position in before:
+            self._read_score(node, position)
+        if reading.in_tanh:
+            raise Left("a tanh is over the scores, without a factor after it")
+        axes = rank(softmax.inputs[0]) or 4
+        if softmax.attributes.get_int("axis", -1) % axes != axes - (2 if reading.flipped else 1):
             raise Left(f"{graph.name(softmax)} is over another axis than the keys'")
         weights = next(value for value in context.inputs if value in self.of_weights)
         after = self._between(self.of_weights, softmax, weights)
-        for node, at in after:
-            self._read_weight(node, at)
-        return self._build([node for node, _ in after], weights)
+        reading.after = [node for node, _ in after]
+        for node, position in after:
+            self._read_weight(node, position)
+        self._read_values(weights)
+        return reading
 
-    # ── Reading ─────────────────────────────────────────────────────────────────────────────────
+    def _axis_of_keys(self) -> int:
+        """The axis of the product's result, from the end, that becomes the Softmax's."""
+        softmax = self.reading.site.node
+        axis = softmax.attributes.get_int("axis", -1)
+        if axis >= 0:
+            axis -= rank(softmax.inputs[0]) or 0
+        for node in reversed(self.reading.before):
+            axis = graph.through(node, axis, forward=False) or axis
+        return axis
 
     def _between(
         self, below: set[ir.Value], first: ir.Node, last: ir.Value
@@ -115,21 +109,25 @@ class _Lift:
             if len(set(onward)) != 1 or (len(onward) > 1 and node.op_type != "Where"):
                 raise Left(f"{node.op_type} {graph.name(node)} takes the scores twice")
             last = onward[0]
-            where = [i for i, value in enumerate(node.inputs) if value is last]
-            path.append((node, where[-1]))
+            positions = [i for i, value in enumerate(node.inputs) if value is last]
+            path.append((node, positions[-1]))
         return path[::-1]
 
+    # ── Operands ────────────────────────────────────────────────────────────────────────────────
+
     def _read_operands(self, first: ir.Value, second: ir.Value) -> None:
-        self.rank = max(rank(first) or 0, rank(second) or 0)
-        if not self.rank:
+        reading = self.reading
+        reading.axes = max(rank(first) or 0, rank(second) or 0)
+        if not reading.axes:
             raise Left(f"how many axes {first.name} has is not known")
-        query, key = (second, first) if self.flip else (first, second)
+        query, key = (second, first) if reading.flipped else (first, second)
         query, key = self._unscaled(query), self._unscaled(key)
-        if self.flip:
+        if reading.flipped:
             query = self._unscaled(self._swapped(query))
         else:
             key = self._unscaled(self._swapped(key))
-        self.query, self.key = self._broadcast(query, key), self._broadcast(key, query, heads=False)
+        reading.query = reading.broadcast(query, key)
+        reading.key = reading.broadcast(key, query, heads=False)
 
     def _unscaled(self, value: ir.Value) -> ir.Value:
         """What `value` is a multiple of; the number goes into the scale."""
@@ -137,25 +135,28 @@ class _Lift:
         if node is None or node.op_type not in ("Mul", "Div"):
             return value
         for side in (1, 0) if node.op_type == "Mul" else (1,):
-            factor = number(node.inputs[side])
-            same = rank(node.inputs[1 - side]) == rank(value) is not None
-            if factor and same:
-                self.scale *= factor if node.op_type == "Mul" else 1 / factor
-                return self._unscaled(node.inputs[1 - side])
+            factor, multiplied = number(node.inputs[side]), node.inputs[1 - side]
+            if factor and rank(multiplied) == rank(value) is not None:
+                self._scale(node.op_type, factor)
+                return self._unscaled(multiplied)
         return value
+
+    def _scale(self, kind: str, factor: float) -> None:
+        """The scores times `factor`, or where `kind` is Div, by it."""
+        self.reading.scale *= factor if kind == "Mul" else 1 / factor
 
     def _swapped(self, value: ir.Value) -> ir.Value:
         """`value` with its last two axes exchanged."""
         axes = rank(value)
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
-        node, perm = value.producer(), [*range(axes)]
         if (inner := forms.swapped_in_three(value)) is not None:
             return inner
+        node, perm = value.producer(), [*range(axes)]
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
-        perm[-2:] = perm[:-3:-1]
+        perm[-2], perm[-1] = perm[-1], perm[-2]
         if perm == sorted(perm):
             return value
         swapped = self.tape.op("Transpose", [value], {"perm": perm})
@@ -164,389 +165,250 @@ class _Lift:
         swapped.type = value.type
         return swapped
 
-    def _broadcast(self, value: ir.Value, other: ir.Value, *, heads: bool = True) -> ir.Value:
-        """`value` with as many axes as the scores, and no axis of size 1 where `other` has more.
+    # ── Scores ──────────────────────────────────────────────────────────────────────────────────
 
-        Without `heads`, the axis of the heads may be 1: the operator shares keys by itself.
-        """
-        missing = self.rank - (rank(value) or self.rank)
-        leading = [*range(-self.rank, -3 if self.rank == 4 and not heads else -2)]
-        one = [axis for axis in leading if dim(value, axis) == 1 != dim(other, axis)]
-        unknown = any(dim(value, axis) is None for axis in leading)
-        learned = unknown and not self._from_input(value)
-        if missing:
-            value = self.tape.op("Unsqueeze", [value, self._ints(*range(missing))])
-        if one or learned:
-            ones = self._ints(*[1] * (self.rank - len(leading)))
-            shape = self._shape(self._sizes(other, 0, len(leading)), ones)
-            value = self.tape.op("Expand", [value, shape])
-        return value
-
-    def _from_input(self, value: ir.Value) -> bool:
-        node = value.producer()
-        if node is None or node not in self.tape.nodes:
-            return value in self.known
-        return any(self._from_input(one) for one in node.inputs)
-
-    def _read_score(self, node: ir.Node, at: int) -> None:
-        """What `node`, which gets them as its input `at`, does to the scores."""
-        kind, inputs = node.op_type, node.inputs
-        other = next((value for i, value in enumerate(inputs) if i != at), None)
+    def _read_score(self, node: ir.Node, position: int) -> None:
+        """What `node`, which gets them as its input `position`, does to the scores."""
+        reading, kind, inputs = self.reading, node.op_type, node.inputs
+        other = next((value for i, value in enumerate(inputs) if i != position), None)
         if kind in _SAME:
-            self.casts |= kind.startswith("Cast")
-            if self.bias is not None and kind.startswith("Cast"):
-                self.bias = self._again(node, self.bias)
-        elif kind in _RESHAPES or kind == "Transpose":
+            self._cast(node)
+        elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
+            if reading.bias is not None and kind in RESHAPES:
+                reading.bias = self.tape.repeated(node, reading.whole(reading.bias))
         elif kind in ("Add", "Sum") and len(inputs) == 2:
             self._add("Add", other)
-        elif kind == "Sub" and at == 0:
-            if not forms.off_the_top(node):
-                self._add("Sub", other)
-            elif self.flip:
+        elif kind == "Sub" and position == 0 and forms.off_the_top(node):
+            if reading.flipped:
                 raise Left(f"{kind} {graph.name(node)} takes off a maximum over the queries")
-            else:
-                self.shifted = True
-        elif kind == "Mul" or (kind == "Div" and at == 0):
+            reading.shifted = True
+        elif kind == "Sub" and position == 0:
+            self._add("Sub", other)
+        elif kind == "Mul" or (kind == "Div" and position == 0):
             self._multiply(kind, other)
-        elif kind == "Where" and at > 0:
-            self._mask(inputs[0], inputs[3 - at], at == 1)
-        elif kind == "Concat" and at == 0 and len(inputs) == 2:
+        elif kind == "Where" and position > 0:
+            self._mask(inputs[0], inputs[3 - position], position == 1)
+        elif kind == "Concat" and position == 0 and len(inputs) == 2:
             self._add_keys(node, other)
-        elif kind == "Tanh" and self.softcap is None and self.bias is None and not self.row_scales:
-            self.softcap = 0.0
-        elif not forms.keeps_scores(node, at):
+        elif kind == "Tanh" and not (
+            reading.in_tanh
+            or reading.softcap is not None
+            or reading.bias is not None
+            or reading.row_scales
+        ):
+            reading.in_tanh = True
+        elif not forms.keeps_scores(node, position):
             raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
 
-    def _multiply(self, kind: str, by: ir.Value) -> None:
-        factor = number(by)
-        if self.softcap == 0.0 and factor and kind == "Mul":
-            self.softcap, self.scale = factor, self.scale * factor
+    def _cast(self, node: ir.Node) -> None:
+        if node.op_type not in _CASTS:
             return
-        if self.softcap is not None:
+        self.reading.casts = True
+        if self.reading.bias is not None:
+            self.reading.bias = self.tape.repeated(node, self.reading.bias)
+
+    def _multiply(self, kind: str, operand: ir.Value) -> None:
+        reading, factor = self.reading, number(operand)
+        if reading.in_tanh and factor and kind == "Mul":  # c·tanh(x/c)
+            reading.in_tanh, reading.softcap = False, factor
+            self._scale(kind, factor)
+            return
+        if reading.in_tanh or reading.softcap is not None:
             raise Left("the scores are scaled after a tanh")
         if factor:
-            self.scale *= factor if kind == "Mul" else 1 / factor
+            self._scale(kind, factor)
         else:
-            self.row_scales.append((kind, self._of_rows(by)))
-        if self.bias is not None:
-            self.bias = self.tape.op(kind, [self.bias, self._upright(by)])
+            reading.row_scales.append((kind, self._of_rows(operand)))
+        if reading.bias is not None:
+            reading.bias = self.tape.op(kind, [reading.bias, self._upright(operand)])
 
     def _of_rows(self, value: ir.Value) -> ir.Value:
-        """`value`, which must be one for all keys; in terms of (…, S, T)."""
+        """`value`, which must be one number for all keys; in terms of (…, S, T)."""
         value = self._upright(value)
-        if tail(value)[1] != 1 or self.reshapes:
+        if tail(value)[1] != 1 or self.reading.reshapes:
             raise Left(f"{value.name} is multiplied with, and may differ from key to key")
         return value
 
     def _upright(self, value: ir.Value) -> ir.Value:
         """An operand beside the scores, in terms of (…, S, T)."""
         axes = rank(value)
-        if not self.flip or axes == 0:
+        if not self.reading.flipped or axes == 0:
             return value
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
-        return (
-            self.tape.op("Unsqueeze", [value, self._ints(1)]) if axes == 1 else self._swapped(value)
-        )
+        if axes == 1:  # (S,) beside (…, T, S)
+            return self.tape.op("Unsqueeze", [value, self.tape.ints(1)])
+        return self._swapped(value)
 
     def _add(self, kind: str, value: ir.Value) -> None:
+        """The scores with `value` added, or where `kind` is Sub, taken off."""
+        reading = self.reading
         if number(value) == 0.0:  # as where nothing is ever masked
             return
+        if reading.in_tanh:
+            raise Left("something is added between a tanh and its factor")
         value = self._upright(value)
         self._lay_out()
-        if self.bias is not None:
-            self.bias = self.tape.op(kind, [self.bias, value])
+        if reading.bias is not None:
+            reading.bias = self.tape.op(kind, [reading.bias, value])
         else:
-            self.bias = value if kind == "Add" else self.tape.op("Neg", [value])
-        if self.softcap == 0.0:
-            raise Left("something is added between a tanh and its factor")
+            reading.bias = value if kind == "Add" else self.tape.op("Neg", [value])
 
     def _mask(self, condition: ir.Value, other: ir.Value, keeps: bool) -> None:
         """where(condition, x, other) if it `keeps` x, else where(condition, other, x)."""
-        lowest = number(other)
-        if lowest is None or lowest > NOTHING or self.softcap == 0.0:
+        reading, lowest = self.reading, number(other)
+        if lowest is None or lowest > NOTHING or reading.in_tanh:
             raise Left(f"{other.name}, in place of masked scores, is not known to be very low")
         if number(condition) == float(keeps):
             return
-        self.conditions.append(forms.root(condition, keeps))
+        reading.conditions.append(forms.unwrapped(condition, keeps))
         self._lay_out()
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
-        zero, low = self.bias or self._number(0.0, dtype), self._number(lowest, dtype)
+        zero = reading.bias or self.tape.number(0.0, dtype)
+        low = self.tape.number(lowest, dtype)
         choice = [zero, low] if keeps else [low, zero]
-        self.bias = self.tape.op("Where", [self._upright(condition), *choice])
+        reading.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
     def _reshape(self, node: ir.Node) -> None:
+        """The scores, or weights, in the layout that the Transpose or Reshape `node` gives them."""
+        reading = self.reading
         if node.op_type == "Transpose":
             perm = node.attributes.get_ints("perm") or []
             if [*perm[:-2]] != [*range(len(perm) - 2)] or len(perm) < 2:
                 raise Left(f"Transpose {graph.name(node)} moves more than queries and keys")
             if perm[-1] != len(perm) - 1:
-                self.flip = not self.flip
+                reading.flipped = not reading.flipped
             return
-        if self.flip:
+        if reading.flipped:
             raise Left(f"{node.op_type} {graph.name(node)} has the keys before the queries")
-        if self.bias is not None:
-            self.bias = self._again(node, self._whole(self.bias))
-        self.reshapes.append(node)
+        reading.reshapes.append(node)
 
     def _add_keys(self, node: ir.Node, scores: ir.Value) -> None:
-        """Scores of more keys, beside the product's: keys of zeros, with those scores as bias."""
-        if node.attributes.get_int("axis", 0) not in (-1, self.rank - 1) or self.added is not None:
-            raise Left(f"Concat {graph.name(node)} adds to the scores")
-        if self.flip or self.reshapes or self.shifted or self.softcap is not None:
-            raise Left(f"Concat {graph.name(node)} adds to the scores in another layout")
-        zero = self._number(0.0)
-        bias = self.bias or self.tape.op("CastLike", [zero, scores])
-        self.bias = self.tape.op("Concat", [self._whole(bias), scores], {"axis": -1})
-        self.added = self._sizes(scores, -1)
-        self.key = self._padded(self.key)
+        """Scores of more keys, beside the product's: keys of zeros, with those scores as bias.
 
-    def _padded(self, value: ir.Value) -> ir.Value:
-        """Keys or values with zeros for the ones that were added."""
-        shape = self._shape(self._sizes(value, 0, -2), self.added, self._sizes(value, -1))
-        zero = self.tape.op("CastLike", [self._number(0.0), value])
-        zeros = self.tape.op("Expand", [zero, shape])
-        return self.tape.op("Concat", [value, zeros], {"axis": -2})
+        Concat(x, scores) on the last axis: (…, S, T) and (…, S, added keys).
+        """
+        reading = self.reading
+        last = node.attributes.get_int("axis", 0) in (-1, reading.axes - 1)
+        if not last or reading.added_keys is not None:
+            raise Left(f"Concat {graph.name(node)} adds to the scores")
+        in_tanh = reading.in_tanh or reading.softcap is not None
+        if reading.flipped or reading.reshapes or reading.shifted or in_tanh:
+            raise Left(f"Concat {graph.name(node)} adds to the scores in another layout")
+        zero = self.tape.number(0.0)
+        bias = reading.whole(reading.bias or self.tape.op("CastLike", [zero, scores]))
+        reading.bias = self.tape.op("Concat", [bias, scores], {"axis": -1})
+        reading.added_keys = self.tape.sizes(scores, -1)
+        reading.key = reading.padded(reading.key)
 
     def _lay_out(self) -> None:
         """Before something is added in another layout than the product's: zeros in that layout."""
-        if self.reshapes and self.bias is None:
-            self.bias = self._whole(self.tape.op("CastLike", [self._number(0.0), self.query]))
-            for node in self.reshapes:
-                self.bias = self._again(node, self.bias)
+        reading = self.reading
+        if reading.reshapes and reading.bias is None:
+            zero = self.tape.op("CastLike", [self.tape.number(0.0), reading.query])
+            reading.bias = reading.whole(zero)
+            for node in reading.reshapes:
+                reading.bias = self.tape.repeated(node, reading.bias)
 
-    def _whole(self, bias: ir.Value) -> ir.Value:
-        """`bias` in the shape of all scores, as the product gives them."""
-        if self.full:
-            return bias
-        self.full = True
-        product = self.site.scores.outputs[0].shape
-        if product is not None and not product.has_unknown_dim() and bias.shape == product:
-            return bias
-        return self.tape.op("Expand", [bias, self._shape_of_scores()])
+    # ── Weights ─────────────────────────────────────────────────────────────────────────────────
 
-    def _shape_of_scores(self) -> ir.Value:
-        return self._shape(self._sizes(self.query, 0, -1), self._sizes(self.key, -2, -1))
-
-    def _again(self, node: ir.Node, value: ir.Value) -> ir.Value:
-        """What `node` does to the scores, done to `value`."""
-        inputs, attributes = [value, *node.inputs[1:]], dict(node.attributes)
-        return self.tape.op(node.op_type, inputs, attributes, domain=node.domain)
-
-    def _read_weight(self, node: ir.Node, at: int) -> None:
-        """What `node`, which gets them as its input `at`, does to the weights."""
-        kind, inputs = node.op_type, node.inputs
+    def _read_weight(self, node: ir.Node, position: int) -> None:
+        """What `node`, which gets them as its input `position`, does to the weights."""
+        reading, kind, inputs = self.reading, node.op_type, node.inputs
         if kind in _SAME:
-            self.casts |= kind.startswith("Cast")
-        elif kind in _RESHAPES or kind == "Transpose":
-            self.bias, kept = None, self.bias
+            reading.casts |= kind in _CASTS
+        elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
-            self.bias = kept
-        elif kind == "Mul" or (kind == "Div" and at == 0):
-            self.result_scales.append((kind, self._of_rows(inputs[1 - at])))
-        elif kind == "Slice" and self.added is not None and number(inputs[1]) == 0.0:
-            self.dropped = True
-        elif not (kind == "Where" and at > 0 and number(inputs[3 - at]) == 0.0):
+        elif kind == "Mul" or (kind == "Div" and position == 0):
+            reading.result_scales.append((kind, self._of_rows(inputs[1 - position])))
+        elif kind == "Slice" and reading.added_keys is not None and number(inputs[1]) == 0.0:
+            reading.drops_added_keys = True
+        elif not (kind == "Where" and position > 0 and number(inputs[3 - position]) == 0.0):
             raise Left(f"{kind} {graph.name(node)} is between the Softmax and the values")
-        elif not self._without_keys(inputs[0], at == 1):
+        elif not self._without_keys(inputs[0], position == 1):
             raise Left(f"{kind} {graph.name(node)} masks the weights after the Softmax")
+
+    def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
+        """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
+        origin, holds = forms.unwrapped(condition, keeps)
+        node = origin.producer()
+        if (origin, holds) in self.reading.conditions:
+            return True
+        if node is not None and node.op_type == "IsNaN":
+            return True
+        return origin in self.of_scores and dim(condition, -2 if self.reading.flipped else -1) == 1
+
+    def _read_values(self, weights: ir.Value) -> None:
+        """The values, and what takes the result."""
+        reading, context = self.reading, self.reading.site.context
+        if (context.inputs[0] is weights) is reading.flipped:
+            raise Left(f"{graph.name(context)} does not sum over the keys")
+        reading.last = self._last(context)
+        value = self._swapped(context.inputs[0]) if reading.flipped else context.inputs[1]
+        reader = self._other_reader()
+        if reader and reading.reshapes:
+            raise Left(f"the weights are read by {reader} too, in another layout")
+        reading.read_elsewhere = bool(reader)
+        if reading.added_keys is not None and reading.drops_added_keys:
+            value = reading.padded(reading.broadcast(value, reading.query, heads=False))
+        reading.value = value
 
     def _last(self, context: ir.Node) -> ir.Node:
         """The last node that stands for the site: the product, or a Reshape that changes nothing.
 
         The TorchScript exporter writes one to the shape that the result has.
         """
+        reading = self.reading
         users = [user for user in context.outputs[0].consumers() if user.op_type != "Shape"]
-        plain = self.rank == 4 and not self.flip and not self.reshapes
+        plain = reading.axes == 4 and not reading.flipped and not reading.reshapes
         if not plain or len(users) != 1 or context.outputs[0].is_graph_output():
             return context
         node = users[0]
         return node if node.op_type == "Reshape" and self._keeps_shape(node) else context
 
     def _keeps_shape(self, node: ir.Node) -> bool:
-        """Whether the Reshape `node` of the result gives it the sizes that it has."""
+        """Whether the Reshape `node` of the result (B, N, S, Dv) gives it the sizes that it has.
+
+        Reshape(result, Concat(B, N, S, Dv)), with each size read off the result, the queries or
+        the values; or one of them -1.
+        """
         sizes = node.inputs[1].producer()
         if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
             return False
-        value = self.site.context.inputs[1]
+        site = self.reading.site
         same = [(node.inputs[0], axis) for axis in range(4)]
-        same += [(self.site.scores.inputs[0], axis) for axis in (0, 1, 2)] + [(value, 3)]
-        kept = [
-            sized_by(one) in same and sized_by(one)[1] == i for i, one in enumerate(sizes.inputs)
-        ]
-        inferred = [number(one) == -1 for one in sizes.inputs]
-        return sum(inferred) <= 1 and all(map(max, kept, inferred))
+        same += [(site.scores.inputs[0], axis) for axis in (0, 1, 2)]
+        same.append((site.context.inputs[1], 3))
+        inferred = 0
+        for axis, size in enumerate(sizes.inputs):
+            source = sized_by(size)
+            if number(size) == -1:
+                inferred += 1
+            elif source not in same or source[1] != axis:
+                return False
+        return inferred <= 1
 
-    def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
-        """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
-        root, holds = forms.root(condition, keeps)
-        node = root.producer()
-        if (root, holds) in self.conditions or (node is not None and node.op_type == "IsNaN"):
-            return True
-        return root in self.of_scores and dim(condition, -2 if self.flip else -1) == 1
-
-    # ── Building ────────────────────────────────────────────────────────────────────────────────
-
-    def _build(self, after: list[ir.Node], weights: ir.Value) -> ir.Node:
-        softmax, context = self.site.node, self.site.context
-        if (context.inputs[0] is weights) is self.flip:
-            raise Left(f"{graph.name(context)} does not sum over the keys")
-        value = self._swapped(context.inputs[0]) if self.flip else context.inputs[1]
-        elsewhere = self._read_elsewhere(softmax, [*after, context])
-        if elsewhere and self.reshapes:
-            raise Left(f"the weights are read by {elsewhere} too, in another layout")
-        if self.added is not None and self.dropped:
-            value = self._padded(self._broadcast(value, self.query, heads=False))
-        query = self.query
-        for kind, by in self.row_scales:
-            by = self.tape.op("CastLike", [by, query]) if self.casts else by
-            query = self.tape.op(kind, [query, by])
-        own = value  # with the axes that the values have in the graph
-        if self.reshapes:
-            shape = self._shape(self._sizes(self.query, 0, -2), self._sizes(value, -2))
-            value = self.tape.op("Reshape", [value, shape])
-        else:
-            value = self._broadcast(value, self.query, heads=False)
-        if self.casts:
-            value = self.tape.op("CastLike", [value, query])
-        inputs = [self._four(query), self._four(self.key), self._four(value)]
-        inputs += [self._four_bias(inputs[0], inputs[1])] if self.bias is not None else []
-        attributes = {"scale": self.scale}
-        if self.softcap == 0.0:
-            raise Left("a tanh is over the scores, without a factor after it")
-        if self.softcap:
-            attributes["softcap"] = self.softcap
-        if self.casts:
-            attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-        if elsewhere:
-            attributes["qk_matmul_output_mode"] = 3
-        outputs = self.tape.op_multi_out(
-            "Attention", inputs, attributes, num_outputs=4 if elsewhere else 1
-        )
-        node = outputs[0].producer()
-        node.metadata_props.update(softmax.metadata_props)
-        node.name = forms.named(softmax)
-        result = self._back(outputs[0], own)
-        if self.casts:
-            result = self.tape.op("CastLike", [result, own])
-        for kind, by in self.result_scales:
-            result = self.tape.op(kind, [result, by])
-        if self.flip:
-            result = self._swap_new(result)
-        last = self._last(context)
-        old, new = [last.outputs[0]], [result]
-        if elsewhere:
-            # Reshaped, since ONNX Runtime infers another shape for this output than it has.
-            back = self.tape.op("Reshape", [outputs[3], self._shape_of_scores()])
-            old, new = [softmax.outputs[0], *old], [back, *new]
-        for one, other in zip(old, new, strict=True):
-            other.shape, other.type = one.shape, one.type
-        self._redirect_shapes([softmax, *after])
-        if not self.flip and not self.reshapes:
-            shape = self._shape(self._sizes(self.query, 0, -1), self._sizes(own, -1))
-            self._redirect(context.outputs[0], shape)
-        last.graph.insert_before(last, self.tape.nodes)
-        for one, other in zip(old, new, strict=True):
-            one.replace_all_uses_with(other, replace_graph_outputs=True)
-            other.name, one.name = one.name, None
-        return node
-
-    def _redirect_shapes(self, after: list[ir.Node]) -> None:
-        """Have those that read the shape of scores or weights read it off the queries and keys."""
-        for node in (self.site.scores, *(one for one, _ in self.before), *after):
-            if node.op_type in (*_RESHAPES, "Concat", "Slice", "Transpose"):
-                return
-            if not self.flip:
-                self._redirect(node.outputs[0], self._shape_of_scores())
-
-    def _redirect(self, value: ir.Value, shape: ir.Value) -> None:
-        """Have those that ask for the shape of `value` take `shape` instead."""
-        for user in [*value.consumers()]:
-            if user.op_type != "Shape":
-                continue
-            start, end = (user.attributes.get_int(one, None) for one in ("start", "end"))
-            asked = shape
-            if start or end is not None:
-                ends = [self._ints(start or 0), self._ints(2**31 if end is None else end)]
-                asked = self.tape.op("Slice", [shape, *ends])
-            user.outputs[0].replace_all_uses_with(asked)
-
-    def _read_elsewhere(self, softmax: ir.Node, chain: list[ir.Node]) -> str:
+    def _other_reader(self) -> str:
         """The name of what else reads the weights: a node or an output of the graph; else empty."""
-        values = [softmax.outputs[0], *(node.outputs[0] for node in chain[:-1])]
-        within, queue = {*chain}, [user for value in values for user in value.consumers()]
-        guards = {node.inputs[0] for node in chain if node.op_type == "Where"}
-        for value in guards:
-            within |= forms.above(value, self.of_weights)
-        within |= {user for user in queue if user.op_type == "Shape"}
+        chain = [*self.reading.after, self.reading.site.context]
+        values = [self.reading.site.node.outputs[0], *(node.outputs[0] for node in chain[:-1])]
         for value in values:
             if value.is_graph_output():
                 return value.name
-        return next((graph.name(user) for user in queue if user not in within), "")
-
-    def _four(self, value: ir.Value) -> ir.Value:
-        """`value` of the rank of the scores, with four axes."""
-        if self.rank < 4:
-            return self.tape.op("Unsqueeze", [value, self._ints(*range(4 - self.rank))])
-        if self.rank > 4:
-            shape = self._shape(self._ints(-1), self._sizes(value, -3))
-            return self.tape.op("Reshape", [value, shape])
-        return value
-
-    def _four_bias(self, query: ir.Value, key: ir.Value) -> ir.Value:
-        """The bias with sizes of its own on the last two axes, which the operator asks for."""
-        bias = self.bias
-        if self.full or self.rank > 4:
-            bias = self._whole(bias)
-            bias = self.tape.op("Reshape", [bias, self._shape_of_scores()])
-            bias = self._four(bias)
-        elif tail(bias) != (dim(self.query, -2), dim(self.key, -2)) or None in tail(bias):
-            bias = expanded(self.tape, bias, query, key)
-        return self.tape.op("CastLike", [bias, query]) if self.casts else bias
-
-    def _back(self, result: ir.Value, own: ir.Value) -> ir.Value:
-        """The operator's result with the axes that the product with the values has."""
-        if not self.reshapes and self.rank <= 4:
-            return self._squeezed(result)
-        like = own if self.reshapes else self.query
-        leading, rows = self._sizes(like, 0, -2), self._sizes(self.query, -2, -1)
-        shape = self._shape(leading, rows, self._sizes(own, -1))
-        return self.tape.op("Reshape", [result, shape])
-
-    def _squeezed(self, value: ir.Value) -> ir.Value:
-        if self.rank == 4:
-            return value
-        return self.tape.op("Squeeze", [value, self._ints(*range(4 - self.rank))])
-
-    def _swap_new(self, value: ir.Value) -> ir.Value:
-        perm = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
-        return self.tape.op("Transpose", [value], {"perm": perm})
-
-    def _sizes(self, value: ir.Value, start: int, end: int | None = None) -> ir.Value:
-        """The sizes of the axes of `value` from `start` to before `end`."""
-        ends = {"start": start} if end is None else {"start": start, "end": end}
-        return self.tape.op("Shape", [value], ends)
-
-    def _shape(self, *sizes: ir.Value) -> ir.Value:
-        return self.tape.op("Concat", sizes, {"axis": 0})
-
-    def _ints(self, *numbers: int) -> ir.Value:
-        return self.tape.op("Constant", [], {"value_ints": numbers})
-
-    def _number(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        array = np.array(value, dtype.numpy())
-        return self.tape.op("Constant", [], {"value": ir.tensor(array, dtype=dtype)})
+        within = {*chain}
+        for value in {node.inputs[0] for node in chain if node.op_type == "Where"}:
+            within |= forms.above(value, self.of_weights)
+        users = [user for value in values for user in value.consumers()]
+        others = (user for user in users if user not in within and user.op_type != "Shape")
+        return next(map(graph.name, others), "")
 
 
 def _below(node: ir.Node) -> set[ir.Value]:
     """What is computed from the results of `node`, not from their shapes, in the same graph."""
-    found = set(node.outputs)
-    queue = [*node.outputs]
-    while queue:
-        for user in queue.pop().consumers():
-            here = user.graph is node.graph and user.op_type != "Shape"
-            if here and not found.issuperset(user.outputs):
-                found.update(user.outputs)
-                queue += user.outputs
-    return found
+
+    def following(above: ir.Node) -> list[ir.Node]:
+        users = walks.consumers(above)
+        return [user for user in users if user.graph is node.graph and user.op_type != "Shape"]
+
+    return {value for reached in walks.walk([node], following) for value in reached.outputs}

@@ -1,8 +1,11 @@
 """What `attention` recognises around the scores: one function for each form that takes a look."""
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.graph import walks
 from helpers.graph.values import NOTHING, constant, dim, number, rank
 
 _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
@@ -15,7 +18,7 @@ def keeps_scores(node: ir.Node, at: int) -> bool:
         return None not in bounds and max(bounds) <= NOTHING
     if node.op_type != "Clip" or None in bounds:
         return False
-    return all(abs(one) >= -NOTHING for one in bounds)
+    return all(abs(bound) >= -NOTHING for bound in bounds)
 
 
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
@@ -32,7 +35,7 @@ def swapped_in_three(value: ir.Value) -> ir.Value | None:
         return None
     inner = merge.inputs[0]
     pairs = [(dim(inner, -1), dim(value, -2)), (dim(inner, -2), dim(value, -1))]
-    return inner if all(one == other or None in (one, other) for one, other in pairs) else None
+    return inner if all(size == other or None in (size, other) for size, other in pairs) else None
 
 
 def off_the_top(node: ir.Node) -> bool:
@@ -49,7 +52,7 @@ def off_the_top(node: ir.Node) -> bool:
     return last and top.attributes.get_int("keepdims", 1) == keeps
 
 
-def root(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
+def unwrapped(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
     """What a condition was made of, and whether it must hold or not."""
     while (node := condition.producer()) is not None and node.op_type in _CONDITIONS:
         holds ^= node.op_type == "Not"
@@ -59,13 +62,13 @@ def root(condition: ir.Value, holds: bool) -> tuple[ir.Value, bool]:
 
 def above(value: ir.Value, within: set[ir.Value]) -> set[ir.Node]:
     """The nodes among those that make `within` that `value` is computed by."""
-    found, queue = set(), [value]
-    while queue:
-        node = queue.pop().producer()
-        if node is not None and node not in found and not within.isdisjoint(node.outputs):
-            found.add(node)
-            queue += [one for one in node.inputs if one is not None]
-    return found
+
+    def inside(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+        return [node for node in nodes if not within.isdisjoint(node.outputs)]
+
+    start = value.producer()
+    starts = inside([start] if start is not None else [])
+    return {*walks.walk(starts, lambda node: inside(walks.producers(node)))}
 
 
 def named(softmax: ir.Node) -> str:

@@ -12,6 +12,7 @@ same Attention gets, or nothing is ever masked; any other Where is not touched.
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.graph import walks
 from helpers.graph.values import NOTHING, number, root
 
 _MASK_OF = {"Add", "And", "Cast", "CastLike", "Expand", "Mul", "Not", "Reshape", "Sub", "Unsqueeze"}
@@ -47,18 +48,16 @@ def _drop(node: ir.Node) -> bool:
 
 def _is_mask(has_key: ir.Value, node: ir.Node) -> bool:
     """Whether `has_key` is what the mask of the Attention `node` was made of, or a test of it."""
-    found, queue = set(), [value for value in node.inputs[3:4] if value is not None]
-    while queue:
-        value = queue.pop()
-        if value in found:
-            continue
-        found.add(value)
-        made = value.producer()
-        if made is not None and made.op_type in _MASK_OF:
-            queue += made.inputs
-        elif made is not None and made.op_type == "Where":
-            queue.append(made.inputs[0])
+
+    def made_of(value: ir.Value) -> list[ir.Value]:
+        maker = value.producer()
+        if maker is not None and maker.op_type in _MASK_OF:
+            return [operand for operand in maker.inputs if operand is not None]
+        return [maker.inputs[0]] if maker is not None and maker.op_type == "Where" else []
+
+    masks = [value for value in node.inputs[3:4] if value is not None]
+    of_mask = {*walks.walk(masks, made_of)}
     test = has_key.producer()
     if test is not None and test.op_type == "Greater" and (number(test.inputs[1]) or 0) <= NOTHING:
-        return test.inputs[0] in found
-    return has_key in found
+        return test.inputs[0] in of_mask
+    return has_key in of_mask

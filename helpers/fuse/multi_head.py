@@ -31,12 +31,12 @@ def use(model: ir.Model) -> int:
         if len(node.inputs) > 3 or not isinstance(keys, int) or keys < MANY:
             continue
         shared = node.attributes.get_int("kv_num_heads", 0) != heads
-        if shared or any(node.attributes[one].value for one in OTHERS & {*node.attributes}):
+        if shared or any(node.attributes[name].value for name in OTHERS & {*node.attributes}):
             continue
         attributes = {"num_heads": heads}
         if "scale" in node.attributes:
             attributes["scale"] = node.attributes.get_float("scale")
-        made = ir.node(
+        replacement = ir.node(
             "MultiHeadAttention",
             node.inputs,
             attributes,
@@ -46,7 +46,7 @@ def use(model: ir.Model) -> int:
             metadata_props=node.metadata_props,
         )
         ir.convenience.replace_nodes_and_values(
-            node.graph, node, [node], [made], node.outputs, made.outputs
+            node.graph, node, [node], [replacement], node.outputs, replacement.outputs
         )
         done += 1
     if done:

@@ -95,18 +95,15 @@ class Fused:
         return "\n".join(lines)
 
 
-class _NotHeld(Exception):
-    """Leaves the writing of a file whose parity does not hold."""
-
-
 def fuse(
-    path: str | Path,
+    model: str | Path | files.Opened,
     out: str | Path,
     *,
     target: str = "portable",
     inputs: str | Path | None = None,
 ) -> Fused:
-    """Fuse the model at `path` for `target`, and write it to `out` if it computes the same.
+    """Fuse `model`, a file or what has been read of it, for `target`, and write it to `out` if it
+    computes the same.
 
     `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
     com.microsoft. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
@@ -115,50 +112,58 @@ def fuse(
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
-    path, out = Path(path).absolute(), Path(out).absolute()
-    data = files.data(path)
-    _keep_apart(path, data, out)
+    opened, out = files.Opened.of(model), Path(out).absolute()
+    _keep_apart(opened.path, opened.data, out)
     report = _Report()
-    model = _stepped(path, target, report)
-    sites = graph.sites(model)
-    names = [graph.operator(site.node) for site in sites if site.fused]
-    answer = Fused(
+    fused = _stepped(opened.path, target, report)
+    answer = _unproven(fused, target, report, out)
+    with files.writing(out, keep=opened.data) as draft:
+        files.write(fused, draft)
+        del fused
+        gc.collect()  # models are in cycles
+        files.give_back()
+        written = files.Opened(draft)
+        refusal = _does_not_load(written)
+        if refusal:
+            answer.parity.reason, answer.at_fault = refusal, "the file as a whole"
+        else:
+            logger.info("comparing …")
+            cases, description = feeds.read(inputs, written if report.repaired else opened)
+            reference = _reference(opened, report)
+            compared = parity.compare(reference, [written], cases, description)
+            [answer.parity], answer.inputs = compared.candidates, compared.inputs
+            answer.parity.name = str(out)
+        written.close()
+        if not answer.held:
+            draft.unlink()  # so that nothing is written
+    if not answer.held and not refusal:
+        answer.at_fault = _bisect(opened.path, target, reference, cases, out)
+    return answer
+
+
+def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused:
+    """What the steps have made of a model, before anything is compared."""
+    names = [
+        graph.operator(node)
+        for node in graph.nodes(fused)
+        if (node.domain, node.op_type) in graph.FUSED
+    ]
+    return Fused(
         out,
         report.sites,
         len(names),
         {name: names.count(name) for name in dict.fromkeys(names)},
         report.left,
         report.repaired,
-        _not_portable(model) if target == "portable" else [],
+        _not_portable(fused) if target == "portable" else [],
         parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
         "none",
     )
-    try:
-        with files.writing(out, keep=data) as draft:
-            files.write(model, draft)
-            del model, sites
-            gc.collect()  # models are in cycles
-            files.give_back()
-            if said := _does_not_load(draft):
-                answer.parity.reason, answer.at_fault = said, "the file as a whole"
-                raise _NotHeld
-            logger.info("comparing …")
-            cases, answer.inputs = feeds.read(inputs, draft if report.repaired else path)
-            reference = _reference(path, report)
-            compared = parity.compare(reference, [draft], cases, answer.inputs)
-            [answer.parity], answer.inputs = compared.candidates, compared.inputs
-            answer.parity.name = str(out)
-            if not answer.held:
-                raise _NotHeld
-    except _NotHeld:
-        if not answer.at_fault:
-            answer.at_fault = _bisect(path, target, reference, cases, out)
-    return answer
 
 
 def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
     """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
-    for file, what in ((path, "the input"), *((one, "its data") for one in data)):
+    for file, what in ((path, "the input"), *((of_data, "its data") for of_data in data)):
         if not out.exists() or not out.samefile(file):
             continue
         # A link is replaced, which leaves alone what it leads to, unless the input leads there too.
@@ -168,9 +173,10 @@ def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
             )
 
 
-def _does_not_load(draft: Path) -> str | None:
+def _does_not_load(written: files.Opened) -> str | None:
+    """Why ONNX Runtime does not load the file, if so."""
     try:
-        files.session(draft)
+        written.session()
     except Exception as error:  # ONNX Runtime's own types
         return f"does not load in ONNX Runtime: {files.told(error)}"
     return None
@@ -291,10 +297,10 @@ def _bisect(
     return names[high - 1]
 
 
-def _reference(path: Path, report: _Report) -> parity.Model:
-    """What to compare with: the model at `path`, run in the way that it can be run."""
+def _reference(opened: files.Opened, report: _Report) -> parity.Model:
+    """What to compare with: the model that was given, run in the way that it can be run."""
     if report.by_definition:
-        model = graph.load(path)
+        model = graph.load(opened.path)
         external.bring_in(model)
         evaluator = ReferenceEvaluator(ir.to_proto(model))  # as operators are defined, in numpy
 
@@ -302,13 +308,13 @@ def _reference(path: Path, report: _Report) -> parity.Model:
             return dict(zip(evaluator.output_names, evaluator.run(None, arrays), strict=True))
 
         return run
-    return _by_rows(path) if report.by_rows else path
+    return _by_rows(opened) if report.by_rows else opened
 
 
-def _by_rows(path: Path) -> parity.Model:
-    """Runs the model at `path` on one row of a batch at a time, which is all that it can run on."""
-    session = files.session(path, optimise=False)
-    names = [one.name for one in session.get_outputs()]
+def _by_rows(opened: files.Opened) -> parity.Model:
+    """Runs a model on one row of a batch at a time, which is all that it can run on."""
+    session = opened.session(optimise=False)
+    names = [output.name for output in session.get_outputs()]
 
     def rows(arrays: parity.Outputs) -> parity.Outputs:
         batch = max(len(array) for array in arrays.values() if array.ndim > 1)
@@ -322,6 +328,6 @@ def _by_rows(path: Path) -> parity.Model:
             )
             for i in range(batch)
         ]
-        return {name: np.concatenate(one) for name, *one in zip(names, *answers, strict=True)}
+        return {name: np.concatenate(parts) for name, *parts in zip(names, *answers, strict=True)}
 
     return rows

@@ -17,12 +17,12 @@ def as_matmul(node: ir.Node) -> ir.Node | None:
     """Rewrite the product `node` in its graph; returns its MatMul, None where there is no way."""
     if node.op_type == "MatMul" and node.domain in graph.STANDARD:
         return node
-    make = {"Einsum": _einsum, "Gemm": _gemm, "FusedMatMul": _gemm}.get(node.op_type)
+    rewrite = {"Einsum": _einsum, "Gemm": _gemm, "FusedMatMul": _gemm}.get(node.op_type)
     tape = ir.tape.Tape()
-    made = make(node, tape) if make else None
-    if made is None:
+    rewritten = rewrite(node, tape) if rewrite else None
+    if rewritten is None:
         return None
-    product, result = made
+    product, result = rewritten
     product.producer().metadata_props.update(node.metadata_props)
     old = node.outputs[0]
     result.shape, result.type = old.shape, old.type
@@ -38,10 +38,10 @@ def _einsum(node: ir.Node, tape: ir.tape.Tape) -> tuple[ir.Value, ir.Value] | No
     if len(terms) != 2 or not (all(term.isalpha() for term in terms) and result.isalpha()):
         return None
     first, second = terms
-    batch = [one for one in result if one in first and one in second]
-    rows = [one for one in result if one in first and one not in second]
-    columns = [one for one in result if one in second and one not in first]
-    summed = [one for one in first if one in second and one not in result]
+    batch = [label for label in result if label in first and label in second]
+    rows = [label for label in result if label in first and label not in second]
+    columns = [label for label in result if label in second and label not in first]
+    summed = [label for label in first if label in second and label not in result]
     whole = len(first) == len(second) == len(result) == len(batch) + 2
     if not whole or not len(rows) == len(columns) == len(summed) == 1:
         return None
@@ -57,7 +57,7 @@ def _einsum(node: ir.Node, tape: ir.tape.Tape) -> tuple[ir.Value, ir.Value] | No
 
 def _transposed(tape: ir.tape.Tape, value: ir.Value, axes, wanted) -> ir.Value:
     """`value`, whose axes are labelled `axes`, with them in the order `wanted`."""
-    perm = [list(axes).index(one) for one in wanted]
+    perm = [list(axes).index(label) for label in wanted]
     if perm == sorted(perm):
         return value
     return tape.op("Transpose", [value], {"perm": perm})

@@ -31,15 +31,17 @@ def move_first(model: ir.Model) -> None:
             (given, scale, zero), others = node.inputs[:3], mover.inputs[1:]
             kept = [*mover.attributes.values()]
             moved = ir.Node("", mover.op_type, [given, *others], kept, name=mover.name)
-            made = ir.node("DequantizeLinear", [moved.outputs[0], scale, zero], name=node.name)
-            mover.graph.insert_before(mover, [moved, made])
-            old, new = mover.outputs[0], made.outputs[0]
+            dequantized = ir.node(
+                "DequantizeLinear", [moved.outputs[0], scale, zero], name=node.name
+            )
+            mover.graph.insert_before(mover, [moved, dequantized])
+            old, new = mover.outputs[0], dequantized.outputs[0]
             moved.outputs[0].type, moved.outputs[0].shape = given.type, old.shape
             new.type, new.shape = old.type, old.shape
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             new.name = old.name
             mover.graph.remove(mover, safe=True)
-            queue.append(made)
+            queue.append(dequantized)
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             node.graph.remove(node, safe=True)
 
@@ -63,5 +65,5 @@ def _moves(user: ir.Node, node: ir.Node) -> bool:
     if any(value.uses() or value.is_graph_output() for value in user.outputs[1:]):
         return False  # a MaxPool's indices
     given = user.outputs[0]
-    quantised = {one.op_type for one in given.consumers()} == {"QuantizeLinear"}
+    quantised = {reader.op_type for reader in given.consumers()} == {"QuantizeLinear"}
     return not quantised or given.is_graph_output()

@@ -1,7 +1,6 @@
 """Graphs: reading them, walking them, their attention sites, cut-outs, what is known of a value."""
 
 from helpers.graph.attention_sites import (
-    ELEMENTWISE,
     FUSED,
     Site,
     equation,
@@ -11,7 +10,7 @@ from helpers.graph.attention_sites import (
 )
 from helpers.graph.cutting import block, cut_out
 from helpers.graph.reading import (
-    LARGE,
+    LEFT_OUT_ABOVE,
     MICROSOFT,
     STANDARD,
     counts,
@@ -27,12 +26,13 @@ from helpers.graph.reading import (
     origin,
     without_weights,
 )
+from helpers.graph.values import ELEMENTWISE
 from helpers.graph.walks import neighbours
 
 __all__ = [
     "ELEMENTWISE",
     "FUSED",
-    "LARGE",
+    "LEFT_OUT_ABOVE",
     "MICROSOFT",
     "STANDARD",
     "Site",

@@ -1,4 +1,4 @@
-"""Read a graph: operators, attention sites, neighbours, where a node came from, cut-outs.
+"""The attention sites of a graph, found from what it computes.
 
 Graphs are ``onnx_ir`` models. Axes are counted from the end (-1 is the last), since graphs often do
 not state their ranks. Shapes: B batch, N heads, S queries, T keys, D width of a head.
@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 
 from helpers.graph import walks
 from helpers.graph.reading import MICROSOFT, STANDARD, module, name, nodes
+from helpers.graph.values import ELEMENTWISE, constant, stated_rank
 
 # Operators that are an attention site by themselves.
 FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
@@ -31,14 +32,6 @@ FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
     )
 }
 
-# Operators that leave each score, or each weight, at its place on the last axes.
-ELEMENTWISE = {
-    *("Add", "Cast", "CastLike", "Clip", "Div", "Dropout", "Expand", "Identity", "Max", "Min"),
-    *("Mul", "Pow", "Sub", "Sum", "Tanh", "Where", "DequantizeLinear", "QuantizeLinear"),
-    *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
-    *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
-    *("Softsign", "Sqrt", "Swish"),
-}
 _RESHAPING = {"Concat", "Flatten", "Pad", "Reshape", "ScatterND", "Slice", "Split"}
 PRODUCTS = {"Einsum", "FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"}
 SHAPES = {"Shape", "Size"}  # what is computed from a shape alone does not come from the input
@@ -63,12 +56,12 @@ class Site:
 
 def _layer(node: ir.Node) -> str | None:
     """`module`, or for a node that an optimizer made, the module around what reads its result."""
-    found, step = module(node), [node]
-    while found is None and step:
+    inner_module, step = module(node), [node]
+    while inner_module is None and step:
         step = walks.consumers(step[0])[:1]
-        inner = module(step[0]) if step else None
-        found = inner.rpartition(".")[0] if inner else None
-    return found
+        below = module(step[0]) if step else None
+        inner_module = below.rpartition(".")[0] if below else None
+    return inner_module
 
 
 # ── Attention sites ─────────────────────────────────────────────────────────────────────────────
@@ -76,7 +69,7 @@ def _layer(node: ir.Node) -> str | None:
 
 def from_input(model: ir.Model) -> set[ir.Value]:
     """The values that depend on what is in the model's inputs, not on their shapes alone."""
-    known: set[ir.Value] = {value for value in model.graph.inputs if not value.is_initializer()}
+    dependent: set[ir.Value] = {value for value in model.graph.inputs if not value.is_initializer()}
 
     def visit(graph: ir.Graph) -> None:
         for node in graph:
@@ -92,23 +85,14 @@ def from_input(model: ir.Model) -> set[ir.Value]:
                 )
             ]
             for inside in inner:
-                known.update(inside.inputs)  # what a Loop or Scan carries
+                dependent.update(inside.inputs)  # what a Loop or Scan carries
                 visit(inside)
             results = {value for inside in inner for value in inside.outputs}
-            if node.op_type not in SHAPES and not known.isdisjoint({*node.inputs, *results}):
-                known.update(node.outputs)
+            if node.op_type not in SHAPES and not dependent.isdisjoint({*node.inputs, *results}):
+                dependent.update(node.outputs)
 
     visit(model.graph)
-    return known
-
-
-def _rank(*values: ir.Value | None) -> int | None:
-    return next((len(v.shape) for v in values if v is not None and v.shape is not None), None)
-
-
-def _constant(value: ir.Value | None = None) -> list[int] | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else [int(item) for item in tensor.numpy().ravel()]
+    return dependent
 
 
 def through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
@@ -119,19 +103,21 @@ def through(node: ir.Node, axis: int, *, forward: bool) -> int | None:
     if node.op_type in ELEMENTWISE or node.op_type in _RESHAPING:
         return axis
     if node.op_type == "Transpose":
-        perm = node.attributes.get_ints("perm") or [*range(_rank(*node.inputs) or 2)][::-1]
+        perm = node.attributes.get_ints("perm") or [*range(stated_rank(*node.inputs) or 2)][::-1]
         if not -len(perm) <= axis < 0:
             return None
         moved = perm.index(len(perm) + axis) if forward else perm[axis]
         return moved - len(perm)
     if node.op_type in ("Squeeze", "Unsqueeze"):
         adds = node.op_type == "Unsqueeze"
-        axes = node.attributes.get_ints("axes") or _constant(*node.inputs[1:2])
-        rank = _rank(*node.outputs) if adds else _rank(*node.inputs)
+        axes = node.attributes.get_ints("axes")
+        if not axes and len(node.inputs) > 1 and (given := constant(node.inputs[1])) is not None:
+            axes = [int(axis) for axis in given.ravel()]
+        rank = stated_rank(*node.outputs) if adds else stated_rank(*node.inputs)
         if rank is None and axes and adds:
-            inner = _rank(*node.inputs)
+            inner = stated_rank(*node.inputs)
             rank = None if inner is None else inner + len(axes)
-        ends = [one - rank if one >= 0 and rank else one for one in axes or []]
+        ends = [axis_at - rank if axis_at >= 0 and rank else axis_at for axis_at in axes or []]
         if adds is forward:  # the other side has more axes
             for end in sorted((end for end in ends if end < 0), reverse=True):
                 axis -= end >= axis
@@ -157,7 +143,7 @@ def _operands(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value] | None:
             return None
         return node.inputs[holds.index(True)], node.inputs[holds.index(False)]
     first, second = (node.inputs[0], node.inputs[3 if node.op_type == "QLinearMatMul" else 1])
-    if _rank(second) == 1:  # a vector adds no axis to the output
+    if stated_rank(second) == 1:  # a vector adds no axis to the output
         axis -= 1
     return {-1: (second, first), -2: (first, second)}.get(axis)
 
@@ -191,51 +177,56 @@ def _is_linear(node: ir.Node, weight: ir.Value) -> bool:
     return weight is node.inputs[1] and columns != 1
 
 
-def _scores(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
-    """Walk up from a Softmax to the product of queries with keys that come from the input."""
-    learned = None  # a product of keys with a learned query, unless a product of two is above it
-    queue, seen = [(value, axis)], set()
-    while queue:
-        value, axis = queue.pop(0)
-        node = value.producer() if value is not None else None
-        if node is None or (node, axis) in seen:
-            continue
-        seen.add((node, axis))
-        if node.op_type in PRODUCTS:
+def _scores(softmax: ir.Value, axis: int, from_inputs: set[ir.Value]) -> ir.Node | None:
+    """Walk up from what goes into a Softmax to the product of queries with keys, which come from
+    the input."""
+
+    def above(place: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
+        node, axis = place
+        if node.op_type in PRODUCTS:  # heads mixed by a weight: the scores are above
             operands = _operands(node, axis)
-            if operands is None or operands[0] not in known:
-                continue
-            if operands[1] in known:
-                return node
-            # x·W is a linear layer, unless W is one column: then that is the query
-            learned = learned or (None if _is_linear(node, operands[1]) else node)
-            queue.append((operands[0], axis))  # heads mixed by a weight: the scores are above
+            mixed = operands[0].producer() if operands and operands[0] in from_inputs else None
+            return [(mixed, axis)] if mixed is not None else []
+        passed = through(node, axis, forward=False)
+        if passed is None:
+            return []
+        return [(producer, passed) for producer in walks.producers(node)]
+
+    learned = None  # a product of keys with a learned query, unless a product of two is above it
+    start = softmax.producer()
+    for node, axis_there in walks.walk([(start, axis)] if start is not None else [], above):
+        operands = _operands(node, axis_there) if node.op_type in PRODUCTS else None
+        if operands is None or operands[0] not in from_inputs:
             continue
-        above = through(node, axis, forward=False)
-        if above is not None:
-            queue += [(one, above) for one in node.inputs if one is not None]
+        if operands[1] in from_inputs:
+            return node
+        # x·W is a linear layer, unless W is one column: then that is the query
+        if learned is None and not _is_linear(node, operands[1]):
+            learned = node
     return learned
 
 
-def _context(value: ir.Value, axis: int, known: set[ir.Value]) -> ir.Node | None:
-    """Walk down from a Softmax to the product with values that come from the input."""
-    queue, seen = [(value, axis)], set()
-    while queue:
-        value, axis = queue.pop(0)
-        for node in value.consumers():
-            if (node, axis) in seen:
-                continue
-            seen.add((node, axis))
-            if node.op_type in PRODUCTS:
-                other = _contracts(node, value, axis)
-                if other is not None and other in known:
-                    return node
-                if other is None and node.inputs[0] is value and node.inputs[1] not in known:
-                    queue.append((node.outputs[0], axis))  # heads mixed by a weight
-                continue
-            below = through(node, axis, forward=True)
-            if below is not None:
-                queue += [(one, below) for one in node.outputs]
+def _context(weights: ir.Value, axis: int, from_inputs: set[ir.Value]) -> ir.Node | None:
+    """Walk down from what a Softmax gives to the product with values that come from the input."""
+
+    def readers(value: ir.Value, axis: int) -> list[tuple[ir.Node, ir.Value, int]]:
+        return [(node, value, axis) for node in value.consumers()]
+
+    def below(place: tuple[ir.Node, ir.Value, int]) -> list[tuple[ir.Node, ir.Value, int]]:
+        node, value, axis = place
+        if node.op_type not in PRODUCTS:
+            passed = through(node, axis, forward=True)
+            outputs = node.outputs if passed is not None else ()
+            return [reader for output in outputs for reader in readers(output, passed)]
+        mixes = node.inputs[0] is value and node.inputs[1] not in from_inputs
+        if mixes and _contracts(node, value, axis) is None:  # heads mixed by a weight
+            return readers(node.outputs[0], axis)
+        return []
+
+    for node, value, axis_there in walks.walk(readers(weights, axis), below):
+        other = _contracts(node, value, axis_there) if node.op_type in PRODUCTS else None
+        if other is not None and other in from_inputs:
+            return node
     return None
 
 
@@ -251,24 +242,21 @@ def sites(model: ir.Model) -> list[Site]:
 
     def axis_of(softmax: ir.Node) -> int | None:
         axis = softmax.attributes.get_int("axis", -1 if opset >= 13 else 1)
-        rank = _rank(softmax.inputs[0], softmax.outputs[0])
+        rank = stated_rank(softmax.inputs[0], softmax.outputs[0])
         return axis if axis < 0 else axis - rank if rank else None
 
     softmaxes = [node for node in nodes(model) if node.op_type in ("Softmax", "BiasSoftmax")]
     if any(axis_of(node) is None for node in softmaxes):
         passes.ShapeInferencePass()(model)  # an axis counted from the front needs the rank
-    known = from_input(model)
-    found = []
+    from_inputs = from_input(model)
+    attention_sites = []
     for node in nodes(model):
         if (node.domain, node.op_type) in FUSED:
-            found.append(Site(name(node), True, _layer(node), node))
+            attention_sites.append(Site(name(node), True, _layer(node), node))
         elif node in softmaxes:
             axis = axis_of(node) or -1
-            scores = _scores(node.inputs[0], axis, known)
-            context = _context(node.outputs[0], axis, known) if scores else None
+            scores = _scores(node.inputs[0], axis, from_inputs)
+            context = _context(node.outputs[0], axis, from_inputs) if scores else None
             if context:
-                found.append(Site(name(node), False, _layer(node), node, scores, context))
-    return found
-
-
-# ── Cut-outs ────────────────────────────────────────────────────────────────────────────────────
+                attention_sites.append(Site(name(node), False, _layer(node), node, scores, context))
+    return attention_sites

@@ -23,7 +23,7 @@ def block(model: ir.Model, site: Site, *, side: int = 2) -> list[ir.Node]:
     Both walks, against the arrows and along them, end at a projection (its bias is taken along) and
     before a normalisation. Of what is computed from shapes alone, `side` nodes up are taken.
     """
-    known = from_input(model)
+    dependent = from_input(model)
 
     def inner(nodes: Iterable[ir.Node]) -> list[ir.Node]:
         return [
@@ -38,7 +38,7 @@ def block(model: ir.Model, site: Site, *, side: int = 2) -> list[ir.Node]:
     step, depth = list(taken), dict.fromkeys(taken, 0)
     while step:
         reached = {
-            above: 0 if known.intersection(above.outputs) else depth[node] + 1
+            above: 0 if dependent.intersection(above.outputs) else depth[node] + 1
             for node in step
             if not _projects(node)
             for above in inner(walks.producers(node))
@@ -67,13 +67,13 @@ def cut_out(model: ir.Model, taken: Iterable[ir.Node]) -> ir.Model:
     copy = passes.ShapeInferencePass()(model.clone()).model
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     inside = [node for node in copy.graph if name(node) in names]
-    made = {value for node in inside for value in node.outputs}
+    computed = {value for node in inside for value in node.outputs}
     reads = ir.traversal.RecursiveGraphIterator(inside)  # a branch or a body reads from around it
     read = dict.fromkeys(v for node in reads for v in node.inputs if v and v.graph is copy.graph)
-    inputs = [value for value in read if value not in made and not value.is_initializer()]
+    inputs = [value for value in read if value not in computed and not value.is_initializer()]
     outputs = [
         value
-        for value in made
+        for value in computed
         if value.is_graph_output() or any(user not in inside for user in value.consumers())
     ]
     order = {value: i for i, node in enumerate(inside) for value in node.outputs}

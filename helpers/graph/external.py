@@ -24,14 +24,14 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     queue: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
     while queue:
         inside = queue.pop(0)
-        found = [*getattr(inside, "initializer", ())]
+        held = [*getattr(inside, "initializer", ())]
         for sparse in getattr(inside, "sparse_initializer", ()):
-            found += [sparse.values, sparse.indices]
+            held += [sparse.values, sparse.indices]
         for node in inside.node:
             for attribute in node.attribute:
-                found += [attribute.t, *attribute.tensors]
+                held += [attribute.t, *attribute.tensors]
                 queue += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-        yield from (one for one in found if one.data_location == onnx.TensorProto.EXTERNAL)
+        yield from (tensor for tensor in held if tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def read(path: str | Path) -> tuple[onnx.ModelProto, Path]:
@@ -42,11 +42,11 @@ def read(path: str | Path) -> tuple[onnx.ModelProto, Path]:
     """
     path = Path(path).absolute()
     model = onnx.load(path, format="protobuf", load_external_data=False)
-    linked, folder = [(one, place(path, one)) for one in tensors(model)], path.parent
-    if any(file != path.parent.resolve() / location(one) for one, file in linked):
+    linked, folder = [(tensor, place(path, tensor)) for tensor in tensors(model)], path.parent
+    if any(file != path.parent.resolve() / location(tensor) for tensor, file in linked):
         folder = Path(os.path.commonpath([file.parent for _, file in linked]))
-        for one, file in linked:
-            set_location(one, file.relative_to(folder).as_posix())
+        for tensor, file in linked:
+            set_location(tensor, file.relative_to(folder).as_posix())
     return model, folder
 
 
@@ -54,7 +54,7 @@ def load(path: str | Path) -> ir.Model:
     """The model at `path`; values that are in other files are read when they are asked for."""
     proto, folder = read(path)
     model = ir.from_proto(proto)
-    for inside in (model.graph, *(one.graph for one in model.functions.values())):
+    for inside in (model.graph, *(function.graph for function in model.functions.values())):
         ir.external_data.set_base_dir(inside, folder)
     return model
 
@@ -114,23 +114,23 @@ def place(path: Path, tensor: onnx.TensorProto) -> Path:
         )
     file = path.parent / given
     try:
-        found = file.resolve(strict=True)
+        real = file.resolve(strict=True)
     except (OSError, RuntimeError):  # no such file, or links in a circle
-        found = None
-    if found is None:
+        real = None
+    if real is None:
         kind = "a link to no file" if file.is_symlink() else "no such file"
         raise BadInput(f"{wanted}, found {kind}; put it beside the model")
     own = path.parent.resolve()
-    if found != own / given and found.parent not in (own, path.resolve().parent):
+    if real != own / given and real.parent not in (own, path.resolve().parent):
         raise BadInput(
-            f"{wanted}, found a link that leads out of the model's folder, to {found}; put a copy"
+            f"{wanted}, found a link that leads out of the model's folder, to {real}; put a copy"
             " there instead"
         )
-    if not found.is_file():
-        kind = "a folder" if found.is_dir() else "no regular file"
+    if not real.is_file():
+        kind = "a folder" if real.is_dir() else "no regular file"
         raise BadInput(f"{wanted}, found {kind}; put the file with the data there")
-    if found.stat().st_nlink > 1:
+    if real.stat().st_nlink > 1:
         raise BadInput(
             f"{wanted}, found a hard link, which may be another's file; put a copy there instead"
         )
-    return found
+    return real

@@ -12,7 +12,9 @@ from onnx_ir.passes import common as passes
 
 from helpers.graph import external
 
-LARGE = 2**16  # bytes of a weight above which its values are left out where they do not matter
+LEFT_OUT_ABOVE = (
+    2**16
+)  # bytes of a weight above which its values are left out where they do not matter
 
 _LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
 
@@ -64,14 +66,14 @@ def inline(model: ir.Model) -> ir.Model:
 
 def _sort(inside: ir.Graph) -> None:
     """Sort the nodes, if one reads what a later one of the graph computes."""
-    made: set[ir.Value] = set()
+    computed: set[ir.Value] = set()
     for node in inside:
         reads = ir.traversal.RecursiveGraphIterator([node])
-        for value in (v for one in reads for v in one.inputs if v is not None):
-            if value.producer() and value.graph is inside and value not in made:
+        for value in (v for inner in reads for v in inner.inputs if v is not None):
+            if value.producer() and value.graph is inside and value not in computed:
                 inside.sort()
                 return
-        made.update(node.outputs)
+        computed.update(node.outputs)
 
 
 def _mend_shape(value: ir.Value) -> None:
@@ -88,7 +90,7 @@ def _mend_shape(value: ir.Value) -> None:
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the model in which tensors above 64 KB have no values; `proto` loses them too."""
     for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) > LARGE:
+        if len(tensor.raw_data) > LEFT_OUT_ABOVE:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="left out")
@@ -109,7 +111,7 @@ def names_in(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
             for attribute in node.attribute:
                 queue += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
         if isinstance(inside, onnx.GraphProto):
-            tensors.update(one.name for one in (*inside.input, *inside.initializer))
+            tensors.update(tensor.name for tensor in (*inside.input, *inside.initializer))
     return nodes - {""}, tensors - {""}
 
 
@@ -145,14 +147,14 @@ def counts(model: ir.Model, *, domains: bool = True) -> dict[str, int]:
 
 def notes(model: ir.Model) -> list[str]:
     """What a reader should know of the types that `model` computes in, a line each."""
-    found = Counter(
+    types = Counter(
         value.dtype
         for inside in model.graphs()
         for value in (*inside.inputs, *inside.initializers.values(), *inside.outputs)
         if value.dtype is not None
     )
     lines = []
-    if found[ir.DataType.BFLOAT16]:
+    if types[ir.DataType.BFLOAT16]:
         lines.append("computes in bfloat16, for which ONNX Runtime has few kernels on the CPU")
     counted = counts(model)
     quantised = {name: n for name, n in counted.items() if _QUANTISED.search(name)}
@@ -172,7 +174,9 @@ def module(node: ir.Node) -> str | None:
     if scopes:
         modules = ast.literal_eval(scopes)[:-1]  # the last is the operator itself
         # torch.export's own name for what it adds is the module of no model
-        named = (one for one in reversed(modules) if not one.startswith("_empty_nn_module_stack"))
+        named = (
+            scope for scope in reversed(modules) if not scope.startswith("_empty_nn_module_stack")
+        )
         return next(filter(None, named), None)
     for path in (node.name or "", *(value.name or "" for value in node.outputs)):
         if path.startswith("/") and path.count("/") > 1:

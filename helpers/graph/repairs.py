@@ -53,14 +53,14 @@ def needed(model: ir.Model) -> list[str]:
 def notes(model: ir.Model) -> list[str]:
     """What `needed` finds in `model`, as lines for a reader. `model` is left as it is."""
     model, lines = _inferred(model), []
-    if found := _of_one_row(model):
+    if refused := _of_one_row(model):
         lines.append(
-            f"ONNX Runtime runs it on no input with more than one query: {_named(found)} a mask"
+            f"ONNX Runtime runs it on no input with more than one query: {_named(refused)} a mask"
             " with one row for all queries, which its kernel refuses; fuse repairs that"
         )
-    if found := _of_one_batch(model):
+    if refused := _of_one_batch(model):
         lines.append(
-            f"ONNX Runtime runs it with a batch of 1 alone: {_named(found)} cosines and sines of"
+            f"ONNX Runtime runs it with a batch of 1 alone: {_named(refused)} cosines and sines of"
             " batch 1, which its kernel refuses for more; fuse repairs that"
         )
     return lines
@@ -78,14 +78,14 @@ def _named(nodes: list[ir.Node]) -> str:
 
 def _of_one_row(model: ir.Model) -> list[ir.Node]:
     """Each Attention whose mask has one row, and that may have more than one query."""
-    found = []
+    refused = []
     for node in nodes(model):
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if node.op_type != "Attention" or node.domain not in STANDARD or mask is None:
             continue
         if tail(mask)[0] == 1 and dim(node.inputs[0], -2) != 1:
-            found.append(node)
-    return found
+            refused.append(node)
+    return refused
 
 
 def _repair_masks(model: ir.Model) -> list[str]:
@@ -101,17 +101,17 @@ def _repair_masks(model: ir.Model) -> list[str]:
 
 def _of_one_batch(model: ir.Model) -> list[ir.Node]:
     """Each RotaryEmbedding whose caches have a batch of 1, and whose rows may be more."""
-    found = []
+    refused = []
     for node in nodes(model):
         if node.op_type != "RotaryEmbedding" or node.domain not in STANDARD:
             continue
         rows, caches = node.inputs[0], node.inputs[1:3]
         by_row = len(node.inputs) < 4 or node.inputs[3] is None
-        if not by_row or any(dim(one, -3) not in (1, None) for one in caches):
+        if not by_row or any(dim(cache, -3) not in (1, None) for cache in caches):
             continue
         if dim(rows, -len(rows.shape) if rows.shape else -4) != 1:
-            found.append(node)
-    return found
+            refused.append(node)
+    return refused
 
 
 def _repair_caches(model: ir.Model) -> list[str]:

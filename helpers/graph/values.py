@@ -1,44 +1,73 @@
 """What is known of a value without running the graph: constants, ranks, sizes of axes."""
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
-from helpers.graph.attention_sites import ELEMENTWISE
-
+# Operators that leave each score, or each weight, at its place on the last axes.
+ELEMENTWISE = {
+    *("Add", "Cast", "CastLike", "Clip", "Div", "Dropout", "Expand", "Identity", "Max", "Min"),
+    *("Mul", "Pow", "Sub", "Sum", "Tanh", "Where", "DequantizeLinear", "QuantizeLinear"),
+    *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
+    *("Softsign", "Sqrt", "Swish"),
+}
 _FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-SMALL = 64  # elements of a constant that may be a shape
-LARGE = 2**20  # elements of one that may be a number, repeated
+SHAPE_UP_TO = 64  # elements of a constant that may be a shape
+FILLED_UP_TO = 2**20  # elements of one that may be a number, repeated
 NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precision
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The values of a small constant; None where it is computed, or a weight."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None or tensor.size > SMALL else tensor.numpy()
+    return None if tensor is None or tensor.size > SHAPE_UP_TO else tensor.numpy()
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number that `value` is filled with, whatever its shape; None where that is not known."""
+    """The number that `value` is filled with, whatever its shape; None where that is not known.
+
+    It is looked for behind casts and shapes, and what Mul, Neg and Not make of numbers.
+    """
     node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "ConstantOfShape":
+    kind = node.op_type if node is not None else ""
+    if kind == "ConstantOfShape":
         filled = node.attributes.get_tensor("value", None)
         return 0.0 if filled is None else float(filled.numpy().flat[0])
-    if node is not None and node.op_type in _FILLED:
-        found = number(node.inputs[0])
-        to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
-        if found is None or not to or ir.DataType(to).is_floating_point():
-            return found
-        return float(bool(found) if to == ir.DataType.BOOL else int(found))
-    if node is not None and node.op_type in ("Mul", "Not"):
-        factors = [number(one) for one in node.inputs]
+    if kind in _FILLED:
+        return _cast(node, number(node.inputs[0]))
+    if kind in ("Mul", "Neg", "Not"):
+        factors = [number(operand) for operand in node.inputs]
         if None in factors:
             return None
-        return factors[0] * factors[1] if node.op_type == "Mul" else float(not factors[0])
+        return {"Mul": math.prod(factors), "Neg": -factors[0], "Not": float(not factors[0])}[kind]
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or not 0 < tensor.size <= LARGE:
+    if tensor is None or not 0 < tensor.size <= FILLED_UP_TO:
         return None
-    array = tensor.numpy()
+    if tensor.dtype == ir.DataType.STRING:
+        return None
+    try:
+        array = tensor.numpy()
+    except FileNotFoundError:  # left out, with the large weights
+        return None
     return float(array.flat[0]) if (array == array.flat[0]).all() else None
+
+
+def _cast(node: ir.Node, given: float | None) -> float | None:
+    """What a Cast makes of the number `given`; any other node leaves it."""
+    to = node.attributes.get_int("to", 0) if node.op_type == "Cast" else 0
+    if given is None or not to or ir.DataType(to).is_floating_point():
+        return given
+    if to == ir.DataType.BOOL:
+        return float(bool(given))
+    return float(int(given)) if math.isfinite(given) else None
+
+
+def finite_number(value: ir.Value | None) -> float | None:
+    """What `number` gives, if that is finite."""
+    given = number(value)
+    return given if given is not None and math.isfinite(given) else None
 
 
 def root(value: ir.Value) -> ir.Value:
@@ -46,6 +75,12 @@ def root(value: ir.Value) -> ir.Value:
     while (node := value.producer()) is not None and node.op_type in _FILLED:
         value = node.inputs[0]
     return value
+
+
+def stated_rank(*values: ir.Value | None) -> int | None:
+    """The number of axes of the first of `values` whose shape is stated; None where none is."""
+    stated = (value.shape for value in values if value is not None)
+    return next((len(shape) for shape in stated if shape is not None), None)
 
 
 def rank(value: ir.Value | None) -> int | None:
@@ -63,8 +98,8 @@ def rank(value: ir.Value | None) -> int | None:
         wanted = node.inputs[1].shape
         return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
     if node.op_type in ELEMENTWISE or node.op_type == "MatMul":
-        known = [rank(one) for one in node.inputs if one is not None]
-        return None if None in known else max(known, default=None)
+        ranks = [rank(operand) for operand in node.inputs if operand is not None]
+        return None if None in ranks else max(ranks, default=None)
     return None
 
 
@@ -90,8 +125,8 @@ def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
         return None
     if node.op_type == "Shape":
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
-        one = end is not None and end - start == 1 and start >= 0
-        return (node.inputs[0], start) if one else None
+        single = end is not None and end - start == 1 and start >= 0
+        return (node.inputs[0], start) if single else None
     shape, axis = node.inputs[0].producer(), number(node.inputs[1])
     if shape is None or shape.op_type != "Shape" or axis is None or len(shape.attributes):
         return None
@@ -108,8 +143,8 @@ def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:
         return dim(value, -2), dim(value, -1)
     if node.op_type in ("Cast", "CastLike", "Expand"):
         return (None, None) if node.op_type == "Expand" else tail(node.inputs[0])
-    sizes = [tail(one) for one in node.inputs if one is not None]
-    return _joined(one[0] for one in sizes), _joined(one[1] for one in sizes)
+    sizes = [tail(operand) for operand in node.inputs if operand is not None]
+    return _joined(pair[0] for pair in sizes), _joined(pair[1] for pair in sizes)
 
 
 def _joined(sizes) -> int | str | None:

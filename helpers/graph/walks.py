@@ -5,10 +5,12 @@ onnx_ir: the predecessors of a node compute its inputs, its successors read its 
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TypeVar
 
 import onnx_ir as ir
 
-Step = Callable[[ir.Node], Iterable[ir.Node]]
+Place = TypeVar("Place")  # a node; or a value, or a node with what a walk knows of it there
+Step = Callable[[Place], Iterable[Place]]
 
 
 def producers(node: ir.Node) -> list[ir.Node]:
@@ -22,8 +24,12 @@ def consumers(node: ir.Node) -> list[ir.Node]:
 
 
 def walk(
-    starts: Iterable[ir.Node], step: Step, *, stop: Collection[ir.Node] = (), far: int | None = None
-) -> Iterator[ir.Node]:
+    starts: Iterable[Place],
+    step: Step[Place],
+    *,
+    stop: Collection[Place] = (),
+    far: int | None = None,
+) -> Iterator[Place]:
     """`starts` and all that `step` leads to from there, but for the nodes in `stop`.
 
     With `far`, only what is that many steps away at the most.
@@ -58,7 +64,7 @@ def between(first: ir.Node, last: ir.Node) -> set[ir.Node]:
     return {*downstream(first)} & {*upstream(last)}
 
 
-def shortest(start: ir.Node, goals: Collection[ir.Node], step: Step) -> list[ir.Node]:
+def shortest(start: ir.Node, goals: Collection[ir.Node], step: Step[ir.Node]) -> list[ir.Node]:
     """The nodes on a shortest way from `start` to one of `goals`, both ends included; or none."""
     came_from: dict[ir.Node, ir.Node | None] = {start: None}
 
@@ -79,4 +85,4 @@ def neighbours(node: ir.Node, *, up: int = 3, down: int = 3) -> list[ir.Node]:
     """`node`, and the nodes at most `up` steps against the arrows or `down` along them, in the
     order of the graph."""
     taken = {*upstream(node, far=up), *downstream(node, far=down)}
-    return [one for one in node.graph if one in taken]
+    return [near for near in node.graph if near in taken]

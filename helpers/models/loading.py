@@ -76,24 +76,7 @@ def load(
         folder, origin = _from_package(architecture) or (_from_hub(architecture), "")
     if folder is None:
         return _stand_in(architecture, model_class, attn_implementation, None)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise files.BadInput(
-            f"{folder}: expected a folder with the files of {architecture.repository}, found no"
-            " config.json or no .safetensors; give another checkpoint, or none"
-        )
-    source = f"the published checkpoint {architecture.repository}{origin}"
-    if architecture.sha256:
-        weights = folder / "model.safetensors"  # or in several files, of a checkpoint given
-        found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
-        if found == architecture.sha256:
-            source += ", its SHA-256 checked"
-        elif checkpoint is not None:
-            source = f"the checkpoint given, with other weights than {architecture.repository}"
-        else:
-            raise files.BadInput(
-                f"{weights}: expected the published weights of"
-                f" {architecture.repository}, found SHA-256 {found}; install or fetch them again"
-            )
+    source = _source(architecture, folder, origin, given=checkpoint is not None)
     kind, processor = architecture.processor, None
     if kind is not None:
         processor = getattr(transformers, kind).from_pretrained(folder)
@@ -105,6 +88,32 @@ def load(
             trust_remote_code=False,
         )
     return Study(model.eval(), processor, source)
+
+
+def _source(architecture: Architecture, folder: Path, origin: str, *, given: bool) -> str:
+    """What the checkpoint in `folder` is, in one line; its weights are checked.
+
+    `origin` says where it came from; it is the reader's own if `given`. Raises `BadInput` as `load`
+    does.
+    """
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise files.BadInput(
+            f"{folder}: expected a folder with the files of {architecture.repository}, found no"
+            " config.json or no .safetensors; give another checkpoint, or none"
+        )
+    source = f"the published checkpoint {architecture.repository}{origin}"
+    if not architecture.sha256:
+        return source
+    weights = folder / "model.safetensors"  # or in several files, of a checkpoint given
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
+    if digest == architecture.sha256:
+        return f"{source}, its SHA-256 checked"
+    if given:
+        return f"the checkpoint given, with other weights than {architecture.repository}"
+    raise files.BadInput(
+        f"{weights}: expected the published weights of {architecture.repository}, found SHA-256"
+        f" {digest}; install or fetch them again"
+    )
 
 
 def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
@@ -277,5 +286,7 @@ def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:
         clip = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32)
     samples = len(clip) if seconds is None else int(seconds * SAMPLE_RATE)
     starts = np.arange(batch) * (len(clip) // batch)
-    rows = np.stack([np.take(clip, np.arange(s, s + samples), mode="wrap") for s in starts])
+    rows = np.stack(
+        [np.take(clip, np.arange(start, start + samples), mode="wrap") for start in starts]
+    )
     return (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-7)

@@ -105,7 +105,9 @@ class Report:
 
     @property
     def worst(self) -> Candidate:
-        return max(self.candidates, key=lambda one: (not one.held, one.max_abs_diff))
+        return max(
+            self.candidates, key=lambda candidate: (not candidate.held, candidate.max_abs_diff)
+        )
 
     def to_json(self) -> dict[str, Any]:
         worst = self.worst.to_json()
@@ -115,7 +117,9 @@ class Report:
             "reference": self.reference,
             "held": self.held,
             "parity": worst | {"inputs": self.inputs},
-            "models": [{"file": one.name, **one.to_json()} for one in self.candidates],
+            "models": [
+                {"file": candidate.name, **candidate.to_json()} for candidate in self.candidates
+            ],
         }
 
     def table(self) -> pd.DataFrame:
@@ -124,13 +128,13 @@ class Report:
 
         return pd.DataFrame(
             {
-                "parity": "held" if one.held else "not held",
-                "largest difference": f"{one.max_abs_diff:.1e}",
-                "tolerance": f"{one.tolerance:.1e}",
-                "where": one.reason or one.where,
+                "parity": "held" if candidate.held else "not held",
+                "largest difference": f"{candidate.max_abs_diff:.1e}",
+                "tolerance": f"{candidate.tolerance:.1e}",
+                "where": candidate.reason or candidate.where,
             }
-            for one in self.candidates
-        ).set_axis([Path(one.name).name for one in self.candidates])
+            for candidate in self.candidates
+        ).set_axis([Path(candidate.name).name for candidate in self.candidates])
 
     def __str__(self) -> str:
         lines = [f"reference {self.reference}", f"inputs {self.inputs}"]
@@ -169,13 +173,16 @@ def compare(
     reference fails or gives NaN in rows that are compared, where inputs or outputs do not match,
     and where there is nothing to compare.
     """
+    reference, *candidates = [
+        model if callable(model) else files.Opened.of(model) for model in (reference, *candidates)
+    ]
     plain = Runner(reference, optimise=False)
     cases, passed = _cases(plain, rows.with_masked(feeds, [reference, *candidates]))
     if passed:
         description += f"; passed over: {'; '.join(passed)}"
     plain.close()
     judge = _Judge(plain, cases, tolerance)
-    return Report(plain.name, [judge.judged(one) for one in candidates], description)
+    return Report(plain.name, [judge.judged(model) for model in candidates], description)
 
 
 def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]]:
@@ -205,7 +212,7 @@ def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]
                 f" ({feed.name}); give other inputs"
             )
     nothing = not any(where.any() for case in cases for where in case.kept.values())
-    if (any("NaN" in one for one in passed) and not cases) or (
+    if (any("NaN" in line for line in passed) and not cases) or (
         nothing and any(_nan(out) for case in cases for out in case.outputs.values())
     ):
         raise files.BadInput(
@@ -235,13 +242,13 @@ class _Judge:
         self.noise: dict[str, float] = {}
         self.cap: dict[str, float] = {}
         self.rounding: dict[str, float] | None = None
-        if plain.path is not None and tolerance is None:
+        if plain.opened is not None and tolerance is None:
             self._measure_noise()
 
     def _measure_noise(self) -> None:
         """How far the reference differs from itself, optimised and not, by output."""
         try:
-            optimised = Runner(self.plain.path)
+            optimised = Runner(self.plain.opened)
         except Exception:  # ONNX Runtime's own types: what it optimises cannot be loaded
             return
         for case in self.cases:
@@ -255,8 +262,8 @@ class _Judge:
                 self.noise[name] = max(self.noise.get(name, 0.0), own)
         optimised.close()
         if self.eight_bits:
-            tried = [(one.feed, one.outputs, one.kept) for one in self.cases[:4]]
-            self.cap = precision.with_scores_off(self.plain.path, tried)
+            tried = [(case.feed, case.outputs, case.kept) for case in self.cases[:4]]
+            self.cap = precision.with_scores_off(self.plain.opened, tried)
 
     def judged(self, model: Model) -> Candidate:
         first = self._judged(model, optimise=not self.eight_bits)
@@ -272,7 +279,7 @@ class _Judge:
         except Exception as error:  # ONNX Runtime's own types
             reason = f"does not load: {files.told(error)}"
             return Candidate(str(model), False, float("inf"), reason=reason)
-        both_files = other.path is not None and self.plain.path is not None
+        both_files = other.opened is not None and self.plain.opened is not None
         if both_files and other.inputs != self.plain.inputs:
             raise files.BadInput(
                 f"{other.name}: expected the inputs of {self.plain.name}"
@@ -285,13 +292,13 @@ class _Judge:
         worst = -1.0
         for case in self.cases:
             try:
-                found = other.run(case.feed.arrays)
+                outputs = other.run(case.feed.arrays)
             except Exception as error:  # as above: that it fails is the answer
                 candidate.held, candidate.max_abs_diff = False, float("inf")
                 candidate.reason = f"fails on {case.feed.name}: {files.told(error)}"
                 candidate.feed = case.feed
                 return candidate
-            for name, array, wanted in _pairs(other, found, self.plain, case.outputs):
+            for name, array, wanted in _pairs(other, outputs, self.plain, case.outputs):
                 worst = self._judge_output(candidate, case, name, array, wanted, times, worst)
             candidate.left_out += sum(int(where.sum()) for where in case.empty)
         return candidate
@@ -352,12 +359,12 @@ class _Judge:
     def _rounding(self, candidate: Candidate, name: str, values: np.ndarray) -> float:
         """What rounding of the scores grows to in the output `name`: measured when a difference
         asks for it."""
-        if self.plain.path is None or self.tolerance is not None or values.dtype.kind != "f":
+        if self.plain.opened is None or self.tolerance is not None or values.dtype.kind != "f":
             return 0.0
         if self.rounding is None:
-            tried = [(one.feed, one.outputs, one.kept) for one in self.cases]
+            tried = [(case.feed, case.outputs, case.kept) for case in self.cases]
             by = precision.STEPPED if self.eight_bits else precision.ROUNDED
-            self.rounding = precision.with_scores_rounded(self.plain.path, tried, by)
+            self.rounding = precision.with_scores_rounded(self.plain.opened, tried, by)
         grown = GROWN * self.rounding.get(name, 0.0) * precision.spread(values)
         return min(grown, self._most(candidate, name, values))
 
@@ -373,25 +380,25 @@ class _Judge:
 
 def _read(runner: Runner) -> tuple[str, bool]:
     """What a model computes in, and whether that is 8 bits anywhere; a function's is not known."""
-    return precision.read(runner.path) if runner.path else ("float32", False)
+    return precision.read(runner.opened.model) if runner.opened else ("float32", False)
 
 
 def _listed(inputs: dict[str, str]) -> str:
     return ", ".join(f"{name} {type_}" for name, type_ in inputs.items())
 
 
-def _pairs(other: Runner, found: Outputs, plain: Runner, outputs: Outputs) -> list[tuple]:
+def _pairs(other: Runner, given: Outputs, plain: Runner, outputs: Outputs) -> list[tuple]:
     """(name, found, expected), matched by name, and else by position."""
-    if set(outputs) <= set(found):
-        return [(name, found[name], wanted) for name, wanted in outputs.items()]
-    if len(found) != len(outputs):
+    if set(outputs) <= set(given):
+        return [(name, given[name], wanted) for name, wanted in outputs.items()]
+    if len(given) != len(outputs):
         raise files.BadInput(
             f"{other.name}: expected the outputs of {plain.name} ({', '.join(outputs)}),"
-            f" found {', '.join(found)}; compare models of one signature"
+            f" found {', '.join(given)}; compare models of one signature"
         )
     return [
         (name, array, wanted)
-        for (name, wanted), array in zip(outputs.items(), found.values(), strict=True)
+        for (name, wanted), array in zip(outputs.items(), given.values(), strict=True)
     ]
 
 
@@ -399,16 +406,16 @@ def _nan(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" and bool(np.isnan(array).any())
 
 
-def _gaps(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _gaps(expected: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Absolute differences, 0 between equal infinities, infinite where only one is a number."""
     if expected.dtype.kind not in "fiub":
-        return np.where(expected == found, 0.0, np.inf)
+        return np.where(expected == given, 0.0, np.inf)
     with np.errstate(invalid="ignore"):
-        gaps = np.asarray(np.abs(expected.astype(np.float64) - found.astype(np.float64)))
-    gaps[expected == found] = 0.0
+        gaps = np.asarray(np.abs(expected.astype(np.float64) - given.astype(np.float64)))
+    gaps[expected == given] = 0.0
     return np.where(np.isnan(gaps), np.inf, gaps)
 
 
-def _difference(expected: np.ndarray, found: np.ndarray) -> float:
-    gaps = _gaps(expected, found)
+def _difference(expected: np.ndarray, given: np.ndarray) -> float:
+    gaps = _gaps(expected, given)
     return float(gaps[np.isfinite(gaps)].max(initial=0.0))

@@ -34,24 +34,27 @@ _QUANTISED = {
 }
 
 
-def read(path: Path) -> tuple[str, bool]:
-    """The least precise float type that the model at `path` computes in, by name, and whether it
-    computes in 8 bits anywhere. What is rounded to a type on the way is computed in it; weights
-    that are only kept in one are not."""
-    model = graph.load(path, weights=False)
+def read(model: ir.Model) -> tuple[str, bool]:
+    """The least precise float type that `model` computes in, by name, and whether it computes in 8
+    bits anywhere. What is rounded to a type on the way is computed in it; weights that are only
+    kept in one are not."""
     computed = graph.from_input(model)
     types: dict[ir.Value, ir.DataType | None] = {}
     least, eight_bits = "float32", False
     for node in graph.nodes(model):
         eight_bits |= node.op_type in _QUANTISED or node.op_type.startswith("QLinear")
-        read = [types.get(one) or one.dtype for one in node.inputs if one is not None]
-        floats = [one for one in read if one is not None and one.is_floating_point()]
-        made = floats[0] if floats else None
+        given = [
+            types.get(operand) or operand.dtype for operand in node.inputs if operand is not None
+        ]
+        floats = [
+            operand for operand in given if operand is not None and operand.is_floating_point()
+        ]
+        inherited = floats[0] if floats else None
         if node.op_type == "Cast":
-            made = ir.DataType(node.attributes.get_int("to", 1))
+            inherited = ir.DataType(node.attributes.get_int("to", 1))
         rounds = node.op_type == "Cast" and not computed.isdisjoint(node.inputs)
         for value in node.outputs:
-            types[value] = value.dtype or made
+            types[value] = value.dtype or inherited
             name = types[value].name.lower() if types[value] is not None else ""
             name = {"float": "float32", "double": "float64"}.get(name, name)
             computing = (rounds or node.op_type not in _NOT_COMPUTING) and name in ORDER
@@ -87,8 +90,11 @@ def with_scores_off(path: Path, tried: Tried) -> dict[str, float]:
     proto, folder, sites = _sites(path)
     every = -(-len(sites) // SITES) or 1
     shown = [_shown(_scaled(proto, [site], SCALED), folder, tried) for site in sites[::every]]
-    names = {name for one in shown for name in one}
-    return {name: min(one[name] for one in shown if name in one) for name in names}
+    names = {name for differences in shown for name in differences}
+    return {
+        name: min(differences[name] for differences in shown if name in differences)
+        for name in names
+    }
 
 
 def with_scores_rounded(path: Path, tried: Tried, by: float = ROUNDED) -> dict[str, float]:
@@ -101,13 +107,13 @@ def _sites(path: Path) -> tuple[onnx.ModelProto, Path, list[int]]:
     """The model, the folder of its data, and the places of its nodes whose first input is scores,
     or queries."""
     proto, folder = external.read(path)
-    made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
-    found = [
-        made[site.node.outputs[0].name]
+    places = {name: i for i, node in enumerate(proto.graph.node) for name in node.output}
+    site_places = [
+        places[site.node.outputs[0].name]
         for site in graph.sites(graph.inline(ir.from_proto(proto)))
-        if site.node.outputs[0].name in made and site.node.op_type in ("Softmax", "Attention")
+        if site.node.outputs[0].name in places and site.node.op_type in ("Softmax", "Attention")
     ]
-    return proto, folder, found
+    return proto, folder, site_places
 
 
 def _scaled(proto: onnx.ModelProto, places: list[int], factor: float) -> bytes:
@@ -128,13 +134,15 @@ def _shown(changed: bytes, folder: Path, tried: Tried) -> dict[str, float]:
     shown: dict[str, float] = {}
     try:
         session = files.session(changed, optimise=False, folder=folder)
-        names = [one.name for one in session.get_outputs()]
+        names = [output.name for output in session.get_outputs()]
         for feed, outputs, compared in tried:
-            found = dict(zip(names, session.run(names, feed.arrays), strict=True))
+            changed_outputs = dict(zip(names, session.run(names, feed.arrays), strict=True))
             for name, out in outputs.items():
                 where = compared[name]
                 if out.dtype.kind == "f" and where.any():
-                    gap = np.abs(out[where].astype(float) - found[name][where].astype(float))
+                    gap = np.abs(
+                        out[where].astype(float) - changed_outputs[name][where].astype(float)
+                    )
                     share = float(np.nanmax(gap)) / (spread(out[where]) or 1.0)
                     shown[name] = max(shown.get(name, 0.0), share)
     except Exception:  # ONNX Runtime's own types: scores of another type, say

@@ -34,7 +34,7 @@ def with_masked(feeds: Sequence[Feed], models: Sequence[Model]) -> list[Feed]:
 
 def _known(feed: Feed, scores: Scores) -> Feed:
     try:
-        masked = [one.all(axis=-1) for one in scores.masked(feed.arrays)]
+        masked = [score.all(axis=-1) for score in scores.masked(feed.arrays)]
     except Exception:  # ONNX Runtime's own types: the model does not run on it, which is told later
         return feed
     settled = scores.settled(feed.arrays, masked)
@@ -51,7 +51,7 @@ def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
         return [~keys for keys in feed.keys.values() if not keys.all()]
     arrays = [*feed.arrays.values(), *outputs.values()]
     lengths = {array.shape[1] for array in arrays if array.ndim in (2, 3)}
-    found: dict[int, np.ndarray] = {}
+    lacking: dict[int, np.ndarray] = {}
     for masked in feed.masked:  # (batch, heads, rows) or (batch · heads, rows)
         rows = masked.shape[-1] if masked.ndim else 0
         batch = _batch(feed, arrays, masked) if masked.size else 0
@@ -64,13 +64,13 @@ def empty(feed: Feed, outputs: Outputs) -> list[np.ndarray]:
             masked = masked.any(axis=1)
         else:  # another layout, as Longformer's (batch, rows, heads): whole samples only
             masked = np.repeat(masked.all(axis=(1, 2))[:, None], rows, axis=1)
-        found[rows] = found.get(rows, False) | masked
+        lacking[rows] = lacking.get(rows, False) | masked
     for keys in feed.keys.values():  # scores tell no longer where their maximum was taken off
         padding = ~keys.any(axis=1)
-        for rows, masked in found.items():
+        for rows, masked in lacking.items():
             if len(masked) == len(padding):
-                found[rows] = masked | padding[:, None]
-    return [masked for masked in found.values() if masked.any()]
+                lacking[rows] = masked | padding[:, None]
+    return [masked for masked in lacking.values() if masked.any()]
 
 
 def _batch(feed: Feed, arrays: Sequence[np.ndarray], masked: np.ndarray) -> int:
@@ -81,11 +81,11 @@ def _batch(feed: Feed, arrays: Sequence[np.ndarray], masked: np.ndarray) -> int:
         if masked.size == rows or masked.size % (len(keys) * rows) == 0:
             return len(keys)
     first = [array.shape[0] for array in arrays if array.ndim > 1]
-    known = {array.shape[:2] for array in arrays if array.ndim > 1}
+    leading = {array.shape[:2] for array in arrays if array.ndim > 1}
     often = max(set(first), key=first.count, default=0)
     options = [often, masked.shape[0], masked.size // rows]
-    options = [one for one in options if one and masked.size % (one * rows) == 0]
-    fits = [one for one in options if {(one, rows), (rows, one)} & known]
+    options = [size for size in options if size and masked.size % (size * rows) == 0]
+    fits = [size for size in options if {(size, rows), (rows, size)} & leading]
     return next(iter(fits or options), often if masked.size == rows else 0)
 
 
@@ -109,14 +109,14 @@ def kept(
     for rows in empty:
         batch, number = rows.shape
         if number not in {a.shape[1] for a in feed.arrays.values() if a.ndim > 1}:
-            changed, known = outputs, False
+            changed, depends = outputs, False
         else:
             changed = run(feed.changed(rows))
             others = feed.changed(np.ones_like(rows))
-            known = any(others[name] is not feed.arrays[name] for name in others)
-        moved = run(others) if known else {}
+            depends = any(others[name] is not feed.arrays[name] for name in others)
+        moved = run(others) if depends else {}
         for name, out in outputs.items():
-            if known and np.array_equal(out, moved[name]):
+            if depends and np.array_equal(out, moved[name]):
                 continue
             if out.ndim and len(out) == batch:
                 compared[name][rows.all(axis=1)] = False
@@ -126,6 +126,6 @@ def kept(
                 compared[name][rows.T] = False
             elif out.ndim == 4 and len(out) == batch and out.shape[2] >= number:
                 compared[name][:, :, -number:] &= ~rows[:, None, :, None]
-            elif known:
+            elif depends:
                 compared[name] &= (out == changed[name]) | ~np.isfinite(changed[name])
     return compared

@@ -7,7 +7,7 @@ import numpy as np
 
 from helpers import files
 
-Model = str | Path | Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Model = str | Path | files.Opened | Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 Outputs = dict[str, np.ndarray]
 
 
@@ -17,11 +17,11 @@ class Runner:
 
     def __init__(self, model: Model, *, optimise: bool = True) -> None:
         self.function = model if callable(model) else None
-        self.path = None if self.function else Path(model)
+        self.opened = None if self.function else files.Opened.of(model)
         self.name = getattr(model, "__qualname__", type(model).__name__)
-        if self.path is not None:
+        if self.opened is not None:
             self.name = str(model)
-            self.session = files.session(model, optimise=optimise)
+            self.session = self.opened.session(optimise=optimise)
             self.outputs = [value.name for value in self.session.get_outputs()]
             self.inputs = {value.name: value.type for value in self.session.get_inputs()}
 

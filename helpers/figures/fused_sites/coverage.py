@@ -43,11 +43,11 @@ class Result:
 def run(architecture: str, route: str, folder: Path) -> Iterator[Result]:
     """Export one cell into `folder`, and give what each of `FUSERS` makes of it."""
     small = ARCHITECTURES[architecture]
-    way, attention = ROUTES[route]
-    path = folder / f"{architecture}-{way}-{attention}.onnx".replace(" ", "-")
+    exporter, attention = ROUTES[route]
+    path = folder / f"{architecture}-{exporter}-{attention}.onnx".replace(" ", "-")
     try:
         with quiet():
-            export.export(small.make(attention), small.inputs(), path, way)
+            export.export(small.make(attention), small.inputs(), path, exporter)
     except Exception as error:  # whatever an exporter raises
         reason = f"{type(error).__name__}: {files.told(error, 200)}"
         for fuser in FUSERS:
@@ -73,21 +73,18 @@ def judge(path: Path, made: Path) -> tuple[int, str, str]:
         files.check(made)
         with quiet():
             cases, description = feeds.infer(path)
-            one = parity.compare(path, [made], cases, description).candidates[0]
+            candidate = parity.compare(path, [made], cases, description).candidates[0]
         fused = sum(site.fused for site in graph.sites(graph.load(made, weights=False)))
     except Exception as error:
         return 0, FAILED, files.told(error, 200)
-    if not one.held:
-        failed = one.reason is not None and ("fails on" in one.reason or "load" in one.reason)
-        return (
-            0,
-            FAILED if failed else WRONG,
-            (one.reason or f"off by {one.max_abs_diff:.0e}")[:200],
-        )
+    if not candidate.held:
+        reason = candidate.reason or f"off by {candidate.max_abs_diff:.0e}"
+        failed = candidate.reason and ("fails on" in reason or "load" in reason)
+        return 0, FAILED if failed else WRONG, reason[:200]
     return fused, "", ""
 
 
-def _made(path: Path, contender: contenders.Contender) -> tuple[int, str, str]:
+def _judged(path: Path, contender: contenders.Contender) -> tuple[int, str, str]:
     if contender.reason:
         return 0, FAILED, contender.reason[:200]
     return judge(path, contender.path)
@@ -99,11 +96,11 @@ def _best_stock(path: Path) -> tuple[int, str, str]:
     A wrong result is told where no setting fuses anything right.
     """
     sites = len(graph.sites(graph.load(path, weights=False)))
-    best, said = (0, "", ""), (0, "", "")
+    best, wrong = (0, "", ""), (0, "", "")
     for raw in (False, True):
         for model_type, level in itertools.product(MODEL_TYPES, LEVELS):
             with quiet():
-                one = contenders.stock(
+                stock = contenders.stock(
                     model_type,
                     path,
                     model_type,
@@ -112,35 +109,35 @@ def _best_stock(path: Path) -> tuple[int, str, str]:
                     opt_level=level,
                     raw_mask=raw,
                 )
-            found = _made(path, one)
-            best = max(best, found, key=lambda one: one[0])
-            said = found if found[1] == WRONG else said
+            outcome = _judged(path, stock)
+            best = max(best, outcome, key=lambda outcome: outcome[0])
+            wrong = outcome if outcome[1] == WRONG else wrong
             if best[0] == sites:
                 return best
-        if not said[1]:
+        if not wrong[1]:
             break
-    return best if best[0] else said
+    return best if best[0] else wrong
 
 
 def _onnxscript(path: Path) -> tuple[int, str, str]:
     with quiet():
-        made = contenders.onnxscript("onnxscript", path)
-    return _made(path, made)
+        contender = contenders.onnxscript("onnxscript", path)
+    return _judged(path, contender)
 
 
 def _transformers(path: Path) -> tuple[int, str, str]:
     with quiet():
-        made = contenders.transformers("transformers", path)
-    return _made(path, made)
+        contender = contenders.transformers("transformers", path)
+    return _judged(path, contender)
 
 
 def _ours(path: Path) -> tuple[int, str, str]:
     """The lesser of the two targets."""
-    found = []
+    outcomes = []
     for target in fuse.TARGETS:
         with quiet():
             done = fuse.fuse(path, path.with_suffix(f".{target}.onnx"), target=target)
         if not done.held:
             return 0, WRONG, str(done.at_fault)
-        found.append((done.fused, "", "; ".join(done.left)))
-    return min(found)
+        outcomes.append((done.fused, "", "; ".join(done.left)))
+    return min(outcomes)

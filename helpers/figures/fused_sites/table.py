@@ -39,17 +39,18 @@ def read() -> list[Result]:
     names = list(ARCHITECTURES), list(ROUTES), FUSERS
     place = [{name: i for i, name in enumerate(one)} for one in names]
     return sorted(
-        rows, key=lambda r: (place[0][r.architecture], place[1][r.route], place[2][r.fuser])
+        rows, key=lambda row: (place[0][row.architecture], place[1][row.route], place[2][row.fuser])
     )
 
 
 def save(results: Sequence[Result]) -> None:
     """Write the csv; a reason is one line."""
     with files.replacing(CSV) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [one.name for one in dataclasses.fields(Result)])
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Result)])
         writer.writeheader()
         writer.writerows(
-            {**dataclasses.asdict(one), "reason": " ".join(one.reason.split())} for one in results
+            {**dataclasses.asdict(result), "reason": " ".join(result.reason.split())}
+            for result in results
         )
 
 
@@ -62,11 +63,13 @@ def markdown(results: Sequence[Result]) -> str:
     """A row for each route and fuser: sites fused of all, and how many results were wrong."""
     lines = ["| route | sites | " + " | ".join(FUSERS) + " |", "| --- " * (len(FUSERS) + 2) + "|"]
     for route in (*ROUTES, "all"):
-        rows = [one for one in results if route in (one.route, "all") and one.mark != NONE]
-        sites = sum(one.sites for one in rows if one.fuser == FUSERS[0])
+        rows = [
+            result for result in results if route in (result.route, "all") and result.mark != NONE
+        ]
+        sites = sum(row.sites for row in rows if row.fuser == FUSERS[0])
         cells = []
         for fuser in FUSERS:
-            mine = [one for one in rows if one.fuser == fuser]
+            mine = [row for row in rows if row.fuser == fuser]
             bad = sum(bool(one.mark) for one in mine)
             cells.append(f"{sum(one.fused for one in mine)}" + (f" ({bad} ✗)" if bad else ""))
         lines.append(f"| {route} | {sites} | " + " | ".join(cells) + " |")
@@ -75,7 +78,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def draw(results: Sequence[Result]) -> None:
     """The picture: architectures by routes, and in each the fusers."""
-    found = {(one.architecture, one.route, one.fuser): one for one in results}
+    found = {(result.architecture, result.route, result.fuser): result for result in results}
     wide = len(FUSERS)
     with matplotlib.rc_context({"svg.hashsalt": "fused_sites", "font.size": 8}):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -119,7 +122,7 @@ def main() -> None:
     chosen = parser.parse_args()
     results = read()
     for architecture in () if chosen.only_show else chosen.architectures:
-        results = [one for one in results if one.architecture != architecture]
+        results = [result for result in results if result.architecture != architecture]
         with tempfile.TemporaryDirectory() as folder:
             for route in ROUTES:
                 for one in coverage.run(architecture, route, Path(folder)):

@@ -10,6 +10,27 @@ from helpers import contenders, export, feeds, files, graph, models, parity
 from helpers.contenders import Contender
 from helpers.figures.speed.models import Arrays, Model
 
+# An export: its route, and the attention implementation of the module.
+Export = tuple[str, str]
+EAGER, SDPA = ("torchscript", "eager"), ("torchscript", "sdpa")
+DYNAMO, OPSET23 = ("dynamo", "sdpa"), ("opset23", "sdpa")
+
+
+def _exports(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path
+) -> tuple[dict[Export, Path], dict[Path, str]]:
+    """The file of each export in `folder`, and the reasons of those that the exporter refused."""
+    paths: dict[Export, Path] = {}
+    failed: dict[Path, str] = {}
+    for route, attention in (EAGER, SDPA, DYNAMO, OPSET23):
+        paths[route, attention] = path = folder / f"{route}_{attention}.onnx"
+        module.set_attn_implementation(attention)
+        try:
+            export.export(module, tensors, path, route)
+        except Exception as error:  # whatever an exporter raises is the reason
+            failed[path] = f"no export: {type(error).__name__}: {error}"[:240]
+    return paths, failed
+
 
 def prepare(
     model: Model, lengths: Sequence[int], folder: Path, ours: Sequence[str]
@@ -23,16 +44,7 @@ def prepare(
     module = models.stand_in(model.model, config)
     example = model.inputs(2, lengths[0] if model.fixed else min(lengths))
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
-    paths: dict[tuple[str, str], Path] = {}
-    failed: dict[Path, str] = {}
-    ways = [("torchscript", "eager"), ("torchscript", "sdpa"), ("dynamo", "sdpa")]
-    for route, attention in [*ways, ("opset23", "sdpa")]:
-        paths[route, attention] = path = folder / f"{route}_{attention}.onnx"
-        module.set_attn_implementation(attention)
-        try:
-            export.export(module, tensors, path, route)
-        except Exception as error:  # whatever an exporter raises is the reason
-            failed[path] = f"no export: {type(error).__name__}: {error}"[:240]
+    paths, failed = _exports(module, tensors, folder)
     exported = [path for path in paths.values() if path not in failed]
     if not exported:
         raise RuntimeError(f"{model.repository}: no export: {failed}")
@@ -43,23 +55,25 @@ def prepare(
         inferred.append(feeds.Feed("longest", longest, masks))
     judge = Judge(module, inferred, description, exported[0])
 
-    def made(make: Callable[..., Contender], label: str, kind: str, way: tuple[str, str]):
-        source = paths[way]
+    def judged(make: Callable[..., Contender], label: str, kind: str, exported: Export):
+        source = paths[exported]
         if source in failed:
             return Contender(label, kind, reason=failed[source])
         return judge(make(label, source))
 
-    sdpa, dynamo, opset23 = ("torchscript", "sdpa"), ("dynamo", "sdpa"), ("opset23", "sdpa")
     unfused = functools.partial(contenders.onnx, kind="unfused")
     as_exported = functools.partial(contenders.onnx, kind="opset23")
     return [
-        made(unfused, "unfused (torchscript, SDPA)", "unfused", sdpa),
-        made(unfused, "unfused (dynamo, SDPA)", "unfused", dynamo),
+        judged(unfused, "unfused (torchscript, SDPA)", "unfused", SDPA),
+        judged(unfused, "unfused (dynamo, SDPA)", "unfused", DYNAMO),
         best_stock(model, paths, failed, judge),
-        made(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", dynamo),
-        made(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", dynamo),
-        made(as_exported, "opset 23 as exported (SDPA)", "opset23", opset23),
-        *(made(contenders.fused, f"ours ({way}, SDPA)", "ours", (way, "sdpa")) for way in ours),
+        judged(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", DYNAMO),
+        judged(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", DYNAMO),
+        judged(as_exported, "opset 23 as exported (SDPA)", "opset23", OPSET23),
+        *(
+            judged(contenders.fused, f"ours ({route}, SDPA)", "ours", (route, "sdpa"))
+            for route in ours
+        ),
     ]
 
 
@@ -79,13 +93,16 @@ class Judge:
     ):
         self.feeds, self.description = feeds, description
         self.guides = [guide] if any(feed.keys for feed in feeds) else []
-        run, known = models.runner(module), {}
+        run = models.runner(module)
+        computed: list[tuple[Arrays, Arrays]] = []  # the arrays of each feed, and the outputs
 
         @functools.wraps(run)
         def reference(arrays: Arrays) -> Arrays:
-            if id(arrays) not in known:
-                known[id(arrays)] = run(arrays)
-            return known[id(arrays)]
+            for inputs, outputs in computed:
+                if inputs is arrays:
+                    return outputs
+            computed.append((arrays, run(arrays)))
+            return computed[-1][1]
 
         self.reference = reference
 
@@ -99,16 +116,16 @@ class Judge:
         except files.BadInput as error:
             reason = str(error).replace(f"{contender.path.parent}/", "")
         else:
-            found = report.candidates[-1]
-            if found.held:
+            candidate = report.candidates[-1]
+            if candidate.held:
                 return contender
-            reason = found.reason or f"differs by {found.max_abs_diff:.0e}"
+            reason = candidate.reason or f"differs by {candidate.max_abs_diff:.0e}"
         return Contender(contender.label, contender.kind, reason=f"wrong: {reason}"[:240])
 
 
 def best_stock(
     model: Model,
-    paths: Mapping[tuple[str, str], Path],
+    paths: Mapping[Export, Path],
     failed: Mapping[Path, str],
     judge: Callable[[Contender], Contender],
 ) -> Contender:
@@ -127,16 +144,16 @@ def best_stock(
             reasons.append(failed[source])
             continue
         label = f"stock, {setting}"
-        made = judge(contenders.stock(label, source, model.model_type, **sizes, raw_mask=raw))
-        if made.reason:
-            reasons.append(f"{setting}: {made.reason}")
+        stock = judge(contenders.stock(label, source, model.model_type, **sizes, raw_mask=raw))
+        if stock.reason:
+            reasons.append(f"{setting}: {stock.reason}")
             continue
-        optimised = graph.load(made.path, weights=False)
+        optimised = graph.load(stock.path, weights=False)
         sites = graph.sites(optimised)
         fused = sum(site.fused for site in sites)
-        tried.append((-fused, sum(graph.counts(optimised).values()), made))
+        tried.append((-fused, sum(graph.counts(optimised).values()), stock))
         if fused == len(sites):
             break
     if not tried:
         return Contender(f"stock, {model.model_type}", "stock", reason="; ".join(reasons))
-    return min(tried, key=lambda one: one[:2])[2]
+    return min(tried, key=lambda attempt: attempt[:2])[2]

@@ -28,23 +28,18 @@ from helpers.figures import page
 from helpers.figures.speed import table
 from helpers.figures.speed.lineup import prepare
 from helpers.figures.speed.models import MODELS, Arrays
-from helpers.figures.speed.table import ASSETS, LOOKS
+from helpers.figures.speed.table import ASSETS, ROUTE_LOOKS
 
 CLOSE = 1.15  # who is surely slower than this after the first rounds is not timed in the later
 FIRST = 3  # rounds in which all take part
-
-
-# ── Models ──────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── Contenders ──────────────────────────────────────────────────────────────────────────────────
+MEASURED = ("ratio", "low", "high", "rounds")  # columns of the table
 
 
 # ── Times ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def measure(
-    those: Sequence[Contender], arrays: Arrays, name: str, rounds: int, at_once: int
+    contenders: Sequence[Contender], arrays: Arrays, name: str, rounds: int, at_once: int
 ) -> list[dict[str, Any]]:
     """A row for each contender on `arrays`: its ratio, with a 95 % interval, or its reason.
 
@@ -52,16 +47,22 @@ def measure(
     the fastest are then timed in `rounds` more, together if memory allows. Who was too slow keeps
     the ratio of the first rounds.
     """
-    able_first = sorted(those, key=lambda c: bool(c.reason))  # groups are compared by the first
+    able_first = sorted(contenders, key=lambda contender: bool(contender.reason))
     first = benchmark.run(able_first, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
     print(first.conditions, flush=True)
     best, slow = ratios(first)
     rows = {label: (*ratio, FIRST) for label, ratio in slow.items()}
     reasons = dict(first.reasons)
-    kept = [c for c in those if c.label in slow and (c.kind == "ours" or slow[c.label].low < CLOSE)]
-    kept.sort(key=lambda c: c.label != best)  # the first is in each group, if they need several
+    kept = [
+        contender
+        for contender in contenders
+        if contender.label in slow
+        and (contender.kind == "ours" or slow[contender.label].low < CLOSE)
+    ]
+    # The first is in each group, if they need several: groups are compared by it.
+    kept.sort(key=lambda contender: contender.label != best)
     if kept:
-        peak = max(first.measured[c.label].peak for c in kept)
+        peak = max(first.measured[contender.label].peak for contender in kept)
         size = int(max(2, min(len(kept), 0.8 * psutil.virtual_memory().available // peak)))
         later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
         rows = {label: row for label, row in rows.items() if label not in later.reasons}
@@ -69,29 +70,26 @@ def measure(
         reasons |= later.reasons
     empty = (np.nan, np.nan, np.nan, 0)
     return [
-        {"contender": c.label, "kind": c.kind}
-        | dict(zip(("ratio", "low", "high", "rounds"), rows.get(c.label, empty), strict=True))
-        | {"reason": reasons.get(c.label, "")}
-        for c in those
+        {"contender": contender.label, "kind": contender.kind}
+        | dict(zip(MEASURED, rows.get(contender.label, empty), strict=True))
+        | {"reason": reasons.get(contender.label, "")}
+        for contender in contenders
     ]
 
 
 def ratios(result: benchmark.Result) -> tuple[str, dict[str, benchmark.Speedup]]:
     """The fastest of the others, and by label each one's time over that one's."""
-    kinds = {c.label: c.kind for c in result.contenders}
-    found = {
-        label: one.relative
-        for label, one in result.measured.items()
-        if np.isfinite(one.relative).all()
+    kinds = {contender.label: contender.kind for contender in result.contenders}
+    times = {
+        label: measured.relative
+        for label, measured in result.measured.items()
+        if np.isfinite(measured.relative).all()
     }
-    others = [label for label in found if kinds[label] != "ours"]
+    others = [label for label in times if kinds[label] != "ours"]
     if not others:
         return "", {}
-    best = min(others, key=lambda label: float(np.median(found[label])))
-    return best, {label: benchmark.speedup(one, found[best]) for label, one in found.items()}
-
-
-# ── Results ─────────────────────────────────────────────────────────────────────────────────────
+    best = min(others, key=lambda label: float(np.median(times[label])))
+    return best, {label: benchmark.speedup(time, times[best]) for label, time in times.items()}
 
 
 # ── The command ─────────────────────────────────────────────────────────────────────────────────
@@ -112,15 +110,17 @@ def speed(
     for some in [[length] for length in lengths] if model.fixed else [list(lengths)]:
         with tempfile.TemporaryDirectory() as folder:
             print(f"preparing {name}, {', '.join(map(str, some))} {model.unit} …", flush=True)
-            those = prepare(model, some, Path(folder), ours)
-            for one in those:
-                print(f"  {one.label}: {one.reason or 'ready'}", flush=True)
+            contenders = prepare(model, some, Path(folder), ours)
+            for contender in contenders:
+                print(f"  {contender.label}: {contender.reason or 'ready'}", flush=True)
             for length in some:
                 for batch in batches:
                     cell = {"model": name, "length": length, "batch": batch}
                     case = f"{name}, {length} {model.unit}, batch {batch}"
-                    found = measure(those, model.inputs(batch, length), case, rounds, at_once)
-                    table.merge(path, [cell | row for row in found])
+                    measured = measure(
+                        contenders, model.inputs(batch, length), case, rounds, at_once
+                    )
+                    table.merge(path, [cell | row for row in measured])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ours",
         nargs="+",
-        choices=list(LOOKS),
+        choices=list(ROUTE_LOOKS),
         default=["torchscript", "dynamo"],
         help="routes whose graphs are fused; default: torchscript dynamo",
     )

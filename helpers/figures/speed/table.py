@@ -21,11 +21,13 @@ CELL = ["model", "length", "batch"]
 NONE = {"ratio": "", "low": "", "high": ""}  # how it is written that there is none
 
 TYPES = {"model": str, "length": int, "batch": int, "contender": str, "kind": str}
-
 TYPES |= {"ratio": float, "low": float, "high": float, "rounds": int, "reason": str}
 COLUMNS = list(TYPES)
-
-LOOKS = {"torchscript": ("#D55E00", "P"), "dynamo": ("#0072B2", "o"), "opset23": ("#009E73", "D")}
+ROUTE_LOOKS = {
+    "torchscript": ("#D55E00", "P"),
+    "dynamo": ("#0072B2", "o"),
+    "opset23": ("#009E73", "D"),
+}
 
 
 def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -47,10 +49,10 @@ def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def cells(table: pd.DataFrame) -> dict[tuple[str, int, int], str]:
     """Each cell of `table` in words."""
-    found = table[CELL].drop_duplicates().itertuples(index=False, name=None)
+    rows = table[CELL].drop_duplicates().itertuples(index=False, name=None)
     return {
         (name, length, batch): f"{name}, {length} {MODELS[name].unit}, batch {batch}"
-        for name, length, batch in found
+        for name, length, batch in rows
     }
 
 
@@ -124,14 +126,14 @@ def markdown(table: pd.DataFrame) -> str:
     lines = [f"| {' | '.join(['cell', *ours, 'the fastest of the others'])} |"]
     lines.append("| --- " * (len(ours) + 2) + "|")
     for cell, rows in table.groupby(CELL, sort=False):
-        found = {
+        ratios = {
             row["contender"]: f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             for row in rows.dropna(subset="ratio").to_dict("records")
         }
         others = rows[(rows["kind"] != "ours") & rows["ratio"].notna()]
         fastest = "" if others.empty else others.loc[others["ratio"].idxmin(), "contender"]
         lines.append(
-            f"| {names[cell]} | {' | '.join(found.get(o, '') for o in ours)} | {fastest} |"
+            f"| {names[cell]} | {' | '.join(ratios.get(label, '') for label in ours)} | {fastest} |"
         )
     return "\n".join(lines)
 
@@ -154,8 +156,8 @@ def draw(table: pd.DataFrame, path: Path) -> Figure:
         labels = list(ours["contender"].unique())
         for number, label in enumerate(labels):
             rows = ours[ours["contender"] == label]
-            route = next(one for one in LOOKS if one in label)
-            colour, marker = LOOKS[route]
+            route = next(route for route in ROUTE_LOOKS if route in label)
+            colour, marker = ROUTE_LOOKS[route]
             shift = 0.2 * (number - (len(labels) - 1) / 2)
             y = [places[cell] + shift for cell in rows[CELL].itertuples(index=False, name=None)]
             axes.hlines(y, rows["low"], rows["high"], color=colour, linewidth=2)

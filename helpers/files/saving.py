@@ -15,9 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from helpers.errors import BadInput
-from helpers.files.refusals import raised as raised
 from helpers.files.refusals import refused
-from helpers.files.refusals import told as told
 from helpers.files.sessions import session
 from helpers.graph import external
 
@@ -27,7 +25,7 @@ DRAFT = ".writing-"  # how the folder begins in which a file is written before i
 
 LOCK = "lock"  # the file in it that is locked by who writes there
 
-LARGE = 2**16  # bytes of a weight that is written by itself
+WRITTEN_ALONE_ABOVE = 2**16  # bytes of a weight that is written by itself
 STALE = 60  # seconds after which a folder that nobody holds is taken for left over
 
 
@@ -36,8 +34,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file so that it appears whole or not at all.
 
     Yields a path in a temporary folder beside `path` to write to; on leaving, the file is moved
-    into place. If the body raises or the process is killed, what was at `path` before is still
-    there. Raises `BadInput` on a folder that is missing or cannot be written to, or a full disk.
+    into place. If the body raises, or removes the file again, or the process is killed, what was at
+    `path` before is still there. Raises `BadInput` on a folder that is missing or cannot be written
+    to, or a full disk.
     """
     path = Path(path).absolute()
     if path.is_dir():
@@ -47,7 +46,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         with scratch(path) as draft:
             yield draft
-            draft.replace(path)
+            if draft.exists():
+                draft.replace(path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -101,15 +101,18 @@ def writing(path: str | Path, *, keep: Collection[Path] = ()) -> Iterator[Path]:
     """Write a model file by `replacing`, its external data included.
 
     Yields a path to write the model to, with any external data beside it. On leaving, the model is
-    checked. Its data gets a name that nothing has, and is there before the model is, so that at no
-    moment a model is beside data of another; the old model's data goes last, but for what another
-    model still needs: the files to `keep`, without links.
+    checked, unless the body has removed it again: then nothing is written. Its data gets a name
+    that nothing has, and is there before the model is, so that at no moment a model is beside data
+    of another; the old model's data goes last, but for what another model still needs: the files to
+    `keep`, without links.
     """
     path = Path(path).absolute()
     moved: list[Path] = []
     try:
         with replacing(path) as draft:
             yield draft
+            if not draft.exists():
+                return
             try:
                 session(draft, optimise=False)
             except Exception as error:
@@ -153,7 +156,7 @@ def write(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    external.bring_in(model, up_to=LARGE)  # what is larger is copied as it is written
+    external.bring_in(model, up_to=WRITTEN_ALONE_ABOVE)  # what is larger is copied as it is written
     if weights > ONE_FILE:
         ir.save(model, path, external_data="weights.data")
     else:
@@ -167,7 +170,7 @@ def _write_one(model: ir.Model, path: Path) -> None:
         value
         for value in initializers.values()
         if value.const_value is not None
-        and value.const_value.nbytes > LARGE
+        and value.const_value.nbytes > WRITTEN_ALONE_ABOVE
         and value.dtype != ir.DataType.STRING
     ]
     for value in large:

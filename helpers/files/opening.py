@@ -1,0 +1,91 @@
+"""A model file that is read once, and handed on to all that ask something of it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from helpers import graph
+from helpers.files.sessions import give_back, session
+from helpers.graph import external
+
+KEPT_UP_TO = 2**29  # bytes of a model whose sessions are kept: what is larger fills the memory
+
+
+class Contents(NamedTuple):
+    """A graph without weights, and the files that hold its external data."""
+
+    model: ir.Model
+    data: set[Path]
+
+
+class Opened:
+    """The model at `path`, with what has been read of it. It can be used wherever a path can.
+
+    Each part is read when it is first asked for. Who wants to change `model` clones it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self._sessions: dict[bool, ort.InferenceSession] = {}
+
+    @classmethod
+    def of(cls, model: str | Path | Opened) -> Opened:
+        """`model` itself, if it is opened already."""
+        return model if isinstance(model, cls) else cls(model)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def contents(self) -> Contents:
+        """What one reading of the file gives. Raises what `graph.load` raises."""
+        proto, folder = external.read(self.path)
+        files = {folder / external.location(tensor) for tensor in external.tensors(proto)}
+        return Contents(graph.inline(ir.from_proto(graph.without_weights(proto))), files)
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph, as `graph.load` gives it without weights."""
+        return self.contents.model
+
+    @property
+    def data(self) -> set[Path]:
+        """The files that hold its external data, without links."""
+        return self.contents.data
+
+    def session(self, *, optimise: bool = True) -> ort.InferenceSession:
+        """A session as `files.session` makes it; of a model up to 512 MB, the same one each time.
+
+        Raises what ONNX Runtime raises.
+        """
+        if optimise in self._sessions:
+            return self._sessions[optimise]
+        opened = session(self.path, optimise=optimise)
+        if size(self) <= KEPT_UP_TO:
+            self._sessions[optimise] = opened
+        return opened
+
+    def close(self) -> None:
+        """Give back the memory of its sessions."""
+        self._sessions.clear()
+        give_back()
+
+
+def size(path: str | Path | Opened) -> int:
+    """Bytes on disk of the model at `path`, its external data included."""
+    files = path.data if isinstance(path, Opened) else data(path)
+    return sum(file.stat().st_size for file in {Path(path).absolute(), *files})
+
+
+def data(path: str | Path) -> set[Path]:
+    """The files that hold the external data of the model at `path`; links are followed."""
+    model, folder = external.read(path)
+    return {folder / external.location(tensor) for tensor in external.tensors(model)}
