@@ -65,7 +65,8 @@ def shared_by_layers(reason: Reason) -> tuple:
         *(node.operator for node in attempt.found),
     )
     return (
-        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line, reason.message),
+        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line),
+        None if reason.file else reason.message,  # the message of a check in code may have names
         *(tuple(reason.within), tuple(reason.none), repr(reason.actual)),
         path,
         reason.check and reason.check.source,
