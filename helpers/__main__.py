@@ -81,7 +81,7 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import explain
 
-    path = files.check(arguments.model)
+    model = files.checked(arguments.model)
     if arguments.rules:
         if arguments.what_if:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
@@ -90,11 +90,11 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
         choice = {name: getattr(arguments, name) for name in names}
         choice["opt_level"] = arguments.opt_level
-    found = explain.explain(path, parity=arguments.parity, **choice)
+    found = explain.explain(model, parity=arguments.parity, **choice)
     if arguments.what_if:
         own_level = choice.pop("opt_level")
         levels = [level for level in explain.LEVELS if level != own_level]
-        found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+        found.what_if = explain.what_if(model.path, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, found)
     status = FAILED if found.parity and not found.parity.held else DONE

@@ -23,7 +23,7 @@ WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
 
 
 def explain(
-    path: str | Path,
+    path: str | Path | files.Opened,
     model_type: str | None = None,
     *,
     fusion: str | type | None = None,
@@ -51,17 +51,18 @@ def explain(
             f"{path}: expected one of {', '.join(given)}, found {' and '.join(named) or 'none'};"
             " give one"
         )
-    cases = feeds.read(inputs, path) if parity else None
+    opened = files.Opened.of(path)
+    cases = feeds.read(inputs, opened) if parity else None
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "fused.onnx" if parity else None
-        outcome = _applied(path, given, draft, choice)
+        outcome = _applied(opened.path, given, draft, choice)
         answer = Explanation(outcome.optimizer, *judged(outcome))
         model, sites, stopped = outcome.model, outcome.sites, outcome.stopped
         del outcome
-        if files.size(path) > WORTH_COLLECTING:  # fusions and models refer to each other
+        if files.size(opened) > WORTH_COLLECTING:  # fusions and models refer to each other
             gc.collect()
         if cases and not stopped:
-            wrong_sites.judge(answer, path, draft, *cases, model, sites)
+            wrong_sites.judge(answer, opened, draft, *cases, model, sites)
     if model is not None:
         for reason in answer.reasons:
             optimizer.locate(reason, model)

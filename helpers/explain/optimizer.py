@@ -93,7 +93,7 @@ def _optimised(
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             made = _raised(watch, error)
         finally:
-            ort.set_default_logger_severity(2)  # the default
+            ort.set_default_logger_severity(2)  # the default; it cannot be read
         if isinstance(made, Reason):
             gc.collect()  # it leaves a temporary folder behind, with a warning
             return made

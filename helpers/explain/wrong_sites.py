@@ -37,18 +37,18 @@ class Piece:
 
 def judge(
     answer: Explanation,
-    path: str | Path,
+    original: files.Opened,
     fused: str | Path,
     cases: list[Feed],
     description: str,
     model: ir.Model | None = None,
     sites: list[graph.Site] | None = None,
 ) -> None:
-    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong.
+    """Compare the model `fused` with the `original`, and add to `answer` which sites are wrong.
 
-    `model` is the one at `path`, if it has been read, with its `sites`.
+    `model` is the `original`, if it has been read, with its `sites`.
     """
-    answer.parity, found = find(path, fused, cases, description, model, sites)
+    answer.parity, found = find(original, fused, cases, description, model, sites)
     answer.parity.name = "the optimised graph"
     for site in found:
         if isinstance(site, str):  # it fused what is no attention
@@ -58,28 +58,27 @@ def judge(
 
 
 def find(
-    path: str | Path,
+    original: files.Opened,
     fused: str | Path,
     cases: list[Feed],
     description: str,
     model: ir.Model | None = None,
     sites: list[graph.Site] | None = None,
 ) -> tuple[parity.Candidate, set[int | str]]:
-    """Compare the model `fused` with that at `path`, and say which of its sites are wrong.
+    """Compare the model `fused` with the `original`, and say which of its sites are wrong.
 
-    Returns the comparison of all, and numbers in ``graph.sites`` of the model at `path`, or the
+    Returns the comparison of all, and numbers in ``graph.sites`` of the `original`, or the
     name of a tensor where an operator stands for what was no site there. None where parity holds;
     every fused one where the fault is in none alone. Of a model that does not load, those are wrong
     that have taken away what is read elsewhere.
     """
-    path, fused = Path(path).absolute(), Path(fused).absolute()
-    whole = parity.compare(path, [_candidate(path, fused)], cases, description).candidates[0]
+    path, fused = original.path, Path(fused).absolute()
+    whole = parity.compare(original, [_candidate(path, fused)], cases, description).candidates[0]
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
     if model is None:
-        model = graph.load(path, weights=False)
-        sites = None
+        model, sites = original.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
     found = pieces(model, proto, sites)
     every = {site for piece in found for site in piece.sites}
@@ -91,12 +90,12 @@ def find(
     around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
     runs = [_runner(piece, proto, around, tensors) for piece in found]
 
-    def original(arrays: parity.Outputs) -> parity.Outputs:
+    def reference(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
         return {name: values[name] for name in tensors}
 
     try:
-        judged = parity.compare(original, runs, cases, description).candidates
+        judged = parity.compare(reference, runs, cases, description).candidates
     except files.BadInput:  # no numbers to compare there
         return whole, every
     wrong = {
@@ -109,7 +108,7 @@ def find(
 
 
 def _candidate(path: Path, fused: Path) -> parity.Model:
-    """The model `fused`, given those inputs of the one at `path` that it still has."""
+    """The model `fused`, given those inputs of the `original` that it still has."""
     before, after = (
         {one.name for one in onnx.load(file, load_external_data=False).graph.input}
         for file in (path, fused)
