@@ -79,24 +79,22 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    path = files.check(arguments.model)
-    if arguments.rules:
-        from helpers.explain import rules
+    from helpers import explain
 
+    model = files.checked(arguments.model)
+    if arguments.rules:
         if arguments.what_if:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
-        parity, inputs = arguments.parity, arguments.inputs
-        found = rules.explain(path, arguments.rules, parity=parity, inputs=inputs)
+        choice = {"rules": arguments.rules, "inputs": arguments.inputs}
     else:
-        from helpers import explain
-
         names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
         choice = {name: getattr(arguments, name) for name in names}
-        level, parity = arguments.opt_level, arguments.parity
-        found = explain.explain(path, opt_level=level, parity=parity, **choice)
-        if arguments.what_if:
-            levels = [one for one in explain.LEVELS if one != level]
-            found.what_if = explain.what_if(path, opt_levels=levels, **choice)
+        choice["opt_level"] = arguments.opt_level
+    found = explain.explain(model, parity=arguments.parity, **choice)
+    if arguments.what_if:
+        own_level = choice.pop("opt_level")
+        levels = [level for level in explain.LEVELS if level != own_level]
+        found.what_if = explain.what_if(model.path, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, found)
     status = FAILED if found.parity and not found.parity.held else DONE

@@ -20,6 +20,11 @@ from helpers import explain as explaining
 from helpers import files, graph
 from helpers.export import export
 
+
+def explain(path, rules="onnxscript", **choice):
+    return explaining.explain(path, rules=rules, **choice)
+
+
 FOREIGN = ("Neg", "Sin", "Abs", "Tanh")
 
 

@@ -1,7 +1,6 @@
 """Why a fusion did not match: the optimizer's own, a reader's, or a rewrite rule."""
 
-from helpers.explain.entry import explain
-from helpers.explain.optimizer import LEVELS, what_if
+from helpers.explain.entry import LEVELS, explain, what_if
 from helpers.explain.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
 
 __all__ = [

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers import feeds, files
 from helpers.errors import BadInput
-from helpers.explain import optimizer
+from helpers.explain import optimizer, wrong_sites
 from helpers.explain.reasons import Explanation
+from helpers.explain.verdicts import Outcome, judged
+
+logger = logging.getLogger(__name__)
+
+LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
+
+WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
 
 
 def explain(
-    path: str | Path,
+    path: str | Path | files.Opened,
     model_type: str | None = None,
     *,
     fusion: str | type | None = None,
@@ -23,13 +35,14 @@ def explain(
     """Run a fusion on the model at `path`, and say why it did not fuse each attention site.
 
     One of three says which fusion. `model_type` is one of ONNX Runtime's optimizer ("bert", …), and
-    `fusion` a reader's own, as `optimizer.explain` takes them, with more in `choice`: `num_heads`,
+    `fusion` a reader's own, as `optimizer.applied` takes them, with more in `choice`: `num_heads`,
     `hidden_size`, `opt_level`, `options`, `save`. `rules` are rewrite rules of onnxscript, as
-    `rules.explain` takes them ("onnxscript": its own).
+    `rules.applied` takes them ("onnxscript": its own).
 
     With `parity`, what the fusion makes is compared with the file, on `inputs` (an .npz) or on
     inferred ones, and sites that fused and compute something else are marked `wrong`. Raises
-    `BadInput` as these two do, and where not exactly one of the three is given.
+    `BadInput` as these two do, where not exactly one of the three is given, and on inputs that do
+    not fit or cannot be inferred.
     """
     given = {"model_type": model_type, "fusion": fusion, "rules": rules}
     named = [name for name, value in given.items() if value is not None]
@@ -38,10 +51,63 @@ def explain(
             f"{path}: expected one of {', '.join(given)}, found {' and '.join(named) or 'none'};"
             " give one"
         )
-    if rules is None:
-        return optimizer.explain(
-            path, model_type, fusion=fusion, parity=parity, inputs=inputs, **choice
-        )
-    from helpers.explain import rules as rewriting  # onnxscript takes a second to import
+    opened = files.Opened.of(path)
+    cases = feeds.read(inputs, opened) if parity else None
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "fused.onnx" if parity else None
+        outcome = _applied(opened.path, given, draft, choice)
+        answer = Explanation(outcome.optimizer, *judged(outcome))
+        model, sites, stopped = outcome.model, outcome.sites, outcome.stopped
+        del outcome
+        if files.size(opened) > WORTH_COLLECTING:  # fusions and models refer to each other
+            gc.collect()
+        if cases and not stopped:
+            wrong_sites.judge(answer, opened, draft, *cases, model, sites)
+    if model is not None:
+        for reason in answer.reasons:
+            optimizer.locate(reason, model)
+    return answer
 
-    return rewriting.explain(path, rules, parity=parity, inputs=inputs, **choice)
+
+def _applied(
+    path: str | Path, given: dict[str, Any], draft: Path | None, choice: dict[str, Any]
+) -> Outcome:
+    """Apply the fusion that is `given`."""
+    if given["rules"] is None:
+        return optimizer.applied(path, given["model_type"], given["fusion"], draft, **choice)
+    from helpers.explain import rules  # onnxscript takes a second to import
+
+    return rules.applied(path, given["rules"], draft, **choice)
+
+
+def what_if(
+    paths: Mapping[str, str | Path] | str | Path,
+    model_type: str | None = None,
+    *,
+    opt_levels: Iterable[int] = LEVELS,
+    **choice: Any,
+) -> list[dict[str, Any]]:
+    """`explain` each of `paths` (one, or by label: other routes, say) at each of `opt_levels`.
+
+    Rows for a table: the file's label, level, sites, how many fused, whether the result is right
+    (None: there is none, or nothing fused), and the causes of the sites left. `choice` is passed to
+    `explain`.
+    """
+    named = paths if isinstance(paths, Mapping) else {Path(paths).name: paths}
+    rows = []
+    for label, path in named.items():
+        for level in opt_levels:
+            logger.info(f"{label} at opt_level {level} …")
+            answer = explain(path, model_type, opt_level=level, parity=True, **choice)
+            fused = sum(site.fused for site in answer.sites)
+            rows.append(
+                {
+                    "file": label,
+                    "opt_level": level,
+                    "sites": len(answer.sites),
+                    "fused": fused,
+                    "held": answer.parity.held if answer.parity else None,
+                    "causes": ", ".join(dict.fromkeys(reason.cause for reason in answer.reasons)),
+                }
+            )
+    return rows

@@ -8,106 +8,70 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import tempfile
-import traceback
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from helpers import feeds, files, graph, packages
-from helpers.explain import chosen, nearest, slicing, words, wrong_sites
-from helpers.explain.optimizer_watch import Call, Watch
-from helpers.explain.reasons import Check, Explanation, Reason, Verdict
-from helpers.explain.verdicts import judged
+from helpers import files, graph, packages
+from helpers.explain import chosen, nearest, places, slicing
+from helpers.explain.optimizer_watch import Call, FusionWatch
+from helpers.explain.reasons import Check, Reason
+from helpers.explain.verdicts import Outcome, raised, stopped
+from helpers.explain.words import ProtoWriter
 from helpers.quiet import quiet
 
-logger = logging.getLogger(__name__)
 
-LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
-
-WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
-
-
-def explain(
+def applied(
     path: str | Path,
-    model_type: str | None = None,
+    model_type: str | None,
+    fusion: str | type | None,
+    draft: Path | None,
     *,
-    fusion: str | type | None = None,
     num_heads: int = 0,
     hidden_size: int = 0,
     opt_level: int | None = None,
     options: Any = None,
     save: str | Path | None = None,
-    parity: bool = False,
-    inputs: str | Path | None = None,
-) -> Explanation:
-    """Run ``onnxruntime.transformers.optimizer`` on the file at `path`, and say what it missed.
+) -> Outcome:
+    """Run ``onnxruntime.transformers.optimizer`` on the file at `path`.
 
     `model_type` is a key of its MODEL_TYPES, or of one that was registered there; or `fusion` is a
     subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
     class or "FILE.py:CLASS". `num_heads`, `hidden_size`, `opt_level` and `options` (FusionOptions)
-    are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`.
-    What the optimizer's code raises becomes a reason. Weights above 1.5 GB in all are not read,
-    unless what it makes is asked for.
-
-    With `parity`, what it makes is compared with the file, on `inputs` (an .npz) or inferred ones,
-    and sites that fused and compute something else are marked `wrong`.
+    are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`, and
+    to `draft`. What the optimizer's code raises becomes a reason. Weights above 1.5 GB in all are
+    not read, unless what it makes is asked for.
 
     Raises `files.BadInput` on an unknown `model_type`, a `fusion` that is none, a hidden size that
-    is no multiple of the heads, inputs that do not fit or cannot be inferred, and where a package
-    is missing that the optimizer imports (PyTorch, above opt_level 0).
+    is no multiple of the heads, and where a package is missing that the optimizer imports (PyTorch,
+    above opt_level 0).
     """
     if num_heads and hidden_size % num_heads:
         raise files.BadInput(
             f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
         )
-    cases = feeds.read(inputs, path) if parity else None
     before = onnx.load(path, load_external_data=False)
     in_functions = bool(before.functions)
     names, tensors = graph.names_in(before)
     model = graph.inline(ir.from_proto(graph.without_weights(before)))
     del before
-    with (
-        chosen.registered(model_type, fusion) as (name, class_, also),
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        watch = Watch([class_], names, tensors, _conclude, also)
-        draft = Path(folder) / "optimised.onnx" if parity else None
+    with chosen.registered(model_type, fusion) as (key, class_, also):
+        watch = FusionWatch([class_], names, tensors, _conclude, also)
         choice = (num_heads, hidden_size, options, opt_level)
-        made = _optimised(path, name, watch, save, draft, *choice)
+        made = _optimised(path, key, watch, save, draft, *choice)
         sites = graph.sites(model)
         if isinstance(made, Reason):
-            verdicts, reasons = _stopped(sites, made)
-        else:
-            verdicts, reasons = judged(model, sites, made, watch, in_functions)
-        answer = Explanation(class_.__name__, verdicts, reasons)
-        stopped = isinstance(made, Reason)
-        watch = made = None
-        if files.size(path) > WORTH_COLLECTING:  # fusions and models refer to each other
-            gc.collect()
-        if cases and not stopped:
-            wrong_sites.judge(answer, path, draft, *cases)
-    for reason in reasons:
-        _locate(reason, model)
-    return answer
-
-
-def _stopped(sites: list[graph.Site], reason: Reason) -> tuple[list[Verdict], list[Reason]]:
-    """Nothing was made, for `reason`."""
-    reason.sites = [i for i, site in enumerate(sites) if not site.fused]
-    verdicts = [Verdict(s.name, s.layer, s.fused, reason=None if s.fused else 0) for s in sites]
-    return verdicts, [reason] if reason.sites else []
+            return stopped(class_.__name__, sites, made, model)
+        return places.outcome(class_.__name__, model, sites, made, watch, in_functions)
 
 
 def _optimised(
     path: str | Path,
     name: str,
-    watch: Watch,
+    watch: FusionWatch,
     save: str | Path | None,
     draft: Path | None,
     *choice: Any,
@@ -129,7 +93,7 @@ def _optimised(
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             made = _raised(watch, error)
         finally:
-            ort.set_default_logger_severity(2)  # the default
+            ort.set_default_logger_severity(2)  # the default; it cannot be read
         if isinstance(made, Reason):
             gc.collect()  # it leaves a temporary folder behind, with a warning
             return made
@@ -142,45 +106,12 @@ def _optimised(
         return graph.without_weights(made.model)
 
 
-def what_if(
-    paths: Mapping[str, str | Path] | str | Path,
-    model_type: str | None = None,
-    *,
-    opt_levels: Iterable[int] = LEVELS,
-    **choice: Any,
-) -> list[dict[str, Any]]:
-    """`explain` each of `paths` (one, or by label: other routes, say) at each of `opt_levels`.
-
-    Rows for a table: the file's label, level, sites, how many fused, whether the result is right
-    (None: there is none, or nothing fused), and the causes of the sites left. `choice` is passed to
-    `explain`.
-    """
-    named = paths if isinstance(paths, Mapping) else {Path(paths).name: paths}
-    rows = []
-    for label, path in named.items():
-        for level in opt_levels:
-            logger.info(f"{label} at opt_level {level} …")
-            found = explain(path, model_type, opt_level=level, parity=True, **choice)
-            fused = sum(site.fused for site in found.sites)
-            rows.append(
-                {
-                    "file": label,
-                    "opt_level": level,
-                    "sites": len(found.sites),
-                    "fused": fused,
-                    "held": found.parity.held if found.parity else None,
-                    "causes": ", ".join(dict.fromkeys(one.cause for one in found.reasons)),
-                }
-            )
-    return rows
-
-
 # ── Why a call of `fuse` gave up ────────────────────────────────────────────────────────────────
 
 
-def _conclude(watch: Watch, call: Call) -> Reason:
+def _conclude(watch: FusionWatch, call: Call) -> Reason:
     """The reason that `call` gives for not having fused; asked for as soon as it has returned."""
-    write = words.writer(call.made, watch.node)
+    write = ProtoWriter(call.made, watch.node).write
     gave = slicing.gave_up(call.step, write)
     reason = Reason(
         type(call.fusion).__name__,
@@ -257,31 +188,18 @@ def _check_cause(gave: slicing.GaveUp, made: dict[str, onnx.NodeProto]) -> str:
     return "other_check"
 
 
-def _raised(watch: Watch, error: Exception) -> Reason:
+def _raised(watch: FusionWatch, error: Exception) -> Reason:
     """The reason that is an exception of the optimizer's own code."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    own = [pair for pair in frames if PurePath(pair[0].f_code.co_filename).name != "fusion_base.py"]
     call = watch.calls[-1] if watch.calls and watch.calls[-1].raised else None
-    frame, line = own[-1] if own else frames[-1]
-    step = slicing.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
-    write = words.writer(call.made if call else {}, watch.node)
-    reason = Reason(
-        type(call.fusion).__name__ if call else None,
-        "raised",
-        "raised",
-        file=slicing.file_of(frame.f_code),
-        line=line,
-        anchor=call.anchor if call else None,
-        message=files.raised(error),
-    )
-    reason.source, operands = slicing.statement(step, write)
+    writer = ProtoWriter(call.made if call else {}, watch.node)
+    reason = raised(error, type(call.fusion).__name__ if call else None, writer)
+    reason.anchor = call.anchor if call else None
     if watch.unfinished is not None:
-        operands |= _dangling(watch)
-    reason.check = Check(reason.source, operands)
+        reason.check.operands |= _dangling(watch)
     return reason
 
 
-def _dangling(watch: Watch) -> dict[str, str]:
+def _dangling(watch: FusionWatch) -> dict[str, str]:
     """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
     proto = watch.unfinished.model.graph
     made = {name for node in proto.node for name in node.output}
@@ -297,7 +215,7 @@ def _dangling(watch: Watch) -> dict[str, str]:
 # ── Where it is in the file ─────────────────────────────────────────────────────────────────────
 
 
-def _locate(reason: Reason, model: ir.Model) -> None:
+def locate(reason: Reason, model: ir.Model) -> None:
     """Add where the node that is there came from in PyTorch, and its shape."""
     attempt = reason.attempt
     named = [*(attempt.found if attempt else ()), attempt.at if attempt else reason.anchor]
@@ -309,4 +227,4 @@ def _locate(reason: Reason, model: ir.Model) -> None:
             if reason.shape is None and value.shape is not None:
                 reason.shape = str(value.shape)
     if reason.earlier:
-        _locate(reason.earlier, model)
+        locate(reason.earlier, model)

@@ -53,7 +53,7 @@ class Call:
         return found
 
 
-class Watch:
+class FusionWatch:
     """In a ``with`` block, record each `fuse` of the fusions that make attentions or their anchors.
 
     `bases` are classes whose ``match_parent_path`` is watched, along their MRO, and whose `apply`
@@ -69,7 +69,7 @@ class Watch:
         bases: Iterable[type],
         names: set[str],
         tensors: set[str],
-        conclude: Callable[[Watch, Call], Reason],
+        conclude: Callable[[FusionWatch, Call], Reason],
         also: tuple[type, ...] = (),
     ) -> None:
         self.calls: list[Call] = []
@@ -104,7 +104,7 @@ class Watch:
         self._call: Call | None = None
         self._attempt: Attempt | None = None  # the path that is being matched
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> FusionWatch:
         self._before = [(one, name, getattr(one, name)) for one, name, _ in self._patched]
         for owner, name, patch in self._patched:
             setattr(owner, name, patch(getattr(owner, name)))

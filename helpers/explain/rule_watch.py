@@ -2,10 +2,10 @@
 
 A rule is a pattern, a `check` and a `rewrite`. The matcher starts at a node and walks the pattern
 up against the arrows; where all of it is there, `check` may still say no, and `rewrite` give up.
-While `Watch` is open, methods of the matcher and of the rule are wrapped, and a trace function
-(`sys.settrace`) follows `check` and `rewrite`. No rule is changed, and all is as before when the
-``with`` block ends, however it does. (The library's own tracer speaks only where a rule fired
-nowhere, and prints.)
+While a `RuleWatch` is open, methods of the matcher and of the rule are wrapped, and a trace
+function (`sys.settrace`) follows `check` and `rewrite`. No rule is changed, and all is as before
+when the ``with`` block ends, however it does. (The library's own tracer speaks only where a rule
+fired nowhere, and prints.)
 """
 
 from __future__ import annotations
@@ -20,16 +20,12 @@ from types import FrameType
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript import rewriter
-from onnxscript.rewriter import _matcher, _pattern_ir, _rewrite_rule, pattern
+from onnxscript.rewriter import pattern
 
 from helpers import graph
+from helpers.explain import onnxscript_parts as parts
 from helpers.explain.calls import Step
-
-_INTERNAL = (
-    "onnx_ir",
-    *(f"{rewriter.__name__}._{name}" for name in ("basics", "context", "rewrite_rule")),
-)
+from helpers.graph import walks
 
 # What a node is to a site; a try counts for a site by the highest of its nodes.
 ABOVE, BELOW, WEIGHTS, CONTEXT = range(4)
@@ -39,7 +35,7 @@ ABOVE, BELOW, WEIGHTS, CONTEXT = range(4)
 class Wanted:
     """A pattern that is being matched against what is `there`, input `index` of the step before."""
 
-    pattern: _pattern_ir.NodePattern | _pattern_ir.ValuePattern
+    pattern: parts.NodePattern | parts.ValuePattern
     there: ir.Node | ir.Value | None
     index: int | None = None
     inputs: Iterator[int] | None = None  # of a node, those that are matched next
@@ -49,12 +45,12 @@ class Wanted:
         return self.there.producer() if isinstance(self.there, ir.Value) else self.there
 
     @property
-    def wanted(self) -> list[_pattern_ir.NodePattern]:
+    def wanted(self) -> list[parts.NodePattern]:
         """The patterns of nodes of which one has to be here; none where any value would do."""
-        if isinstance(self.pattern, _pattern_ir.NodePattern):
+        if isinstance(self.pattern, parts.NodePattern):
             return [self.pattern]
-        if isinstance(self.pattern, _pattern_ir.OpIdDispatchOr):
-            return [value.producer() for _, value in self.pattern._op_to_pattern.values()]
+        if isinstance(self.pattern, parts.OpIdDispatchOr):
+            return parts.dispatched(self.pattern)
         above = self.pattern.producer()
         return [above] if above else []
 
@@ -67,7 +63,7 @@ class Failure:
     path: list[Wanted]
     step: Wanted
     nodes: list[ir.Node]
-    missing: list[_pattern_ir.NodePattern]
+    missing: list[parts.NodePattern]
     message: str
     sources: list[ir.Node | ir.Value]
     swapped: bool = False  # what would match is the node's other operand
@@ -91,11 +87,11 @@ class Try:
     call: Step | None = None  # the last of `check` or `rewrite`
 
 
-def is_one(node: ir.Node, wanted: Iterable[_pattern_ir.NodePattern]) -> bool:
+def is_one(node: ir.Node, wanted: Iterable[parts.NodePattern]) -> bool:
     return any(one.op.matches(node.op_type) and one.domain.matches(node.domain) for one in wanted)
 
 
-class Watch:
+class RuleWatch:
     """Record the tries of rules in a ``with`` block, by the attention site that they were made at.
 
     `watched` tells which rules. `tries` are for each of `sites` the (rank, conclusion) of those
@@ -123,15 +119,8 @@ class Watch:
         self._order = itertools.count()
         self._open: list[tuple[FrameType, Step]] = []  # calls of a rule's code that are running
 
-    def __enter__(self) -> Watch:
-        matcher, rule = _matcher.SimplePatternMatcher, _rewrite_rule.RewriteRule
-        wrapped = [
-            (matcher, "_match_node", self._visit),
-            (matcher, "_match_value", self._visit),
-            (matcher, "_get_output_values", self._matched),
-            (matcher, "match", self._match),
-            (rule, "try_rewrite", self._try_rewrite),
-        ]
+    def __enter__(self) -> RuleWatch:
+        wrapped = parts.wrapped(self._visit, self._matched, self._match, self._try_rewrite)
         self._plain = [(class_, name, getattr(class_, name)) for class_, name, _ in wrapped]
         self._trace_before = sys.gettrace()
         for (class_, name, plain), (_, _, method) in zip(self._plain, wrapped, strict=True):
@@ -206,7 +195,8 @@ class Watch:
         """All of the pattern is there, though its nodes may be used elsewhere too."""
         outputs, tried = plain(matcher), self._try
         if tried is not None and tried.match is None and outputs is not None:
-            tried.match, tried.nodes, tried.outputs = matcher._match, matcher._match.nodes, outputs
+            tried.match, tried.outputs = parts.match_of(matcher), outputs
+            tried.nodes = tried.match.nodes
         return outputs
 
     def _visit(self, plain: Callable, matcher: Any, wanted: Any, there: Any) -> bool:
@@ -215,11 +205,11 @@ class Watch:
         if tried is None or tried.match is not None:
             return plain(matcher, wanted, there)
         step = Wanted(wanted, there)
-        if isinstance(wanted, _pattern_ir.NodePattern):
+        if isinstance(wanted, parts.NodePattern):
             step.inputs = (i for i, one in enumerate(wanted.inputs) if one is not None)
         if tried.steps:
             above = tried.steps[-1]
-            of_node = isinstance(above.pattern, _pattern_ir.NodePattern)
+            of_node = isinstance(above.pattern, parts.NodePattern)
             step.index = next(above.inputs) if of_node else above.index
         else:  # another combination of outputs: the best so far is enough
             best = max((one.rank for one in tried.failures), default=None)
@@ -230,15 +220,15 @@ class Watch:
         if matched:
             del tried.failures[before:]
         elif len(tried.failures) == before:
-            tried.failures.append(self._failure(tried, matcher._match))
+            tried.failures.append(self._failure(tried, parts.match_of(matcher)))
         tried.steps.pop()
         return matched
 
     @staticmethod
     def _failure(tried: Try, match: Any) -> Failure:
         *before, step = tried.steps
-        path = [one for one in before if isinstance(one.pattern, _pattern_ir.NodePattern)]
-        nodes = [node for partial in match._partial_matches for node in partial.nodes]
+        path = [one for one in before if isinstance(one.pattern, parts.NodePattern)]
+        nodes = parts.matched_nodes(match)
         wanted, node = step.wanted, step.node
         missing = [] if node is not None and is_one(node, wanted) else wanted
         sources = list(match.failure_nodes_and_values)
@@ -249,14 +239,12 @@ class Watch:
     def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
         """Follow the code that the library calls for a rule, and what that calls."""
         caller = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith(_INTERNAL):
+        if parts.is_internal(frame):
             return None
         if self._open:
             if caller is not self._open[-1][0]:
                 return None
-        elif caller.f_globals.get("__name__") != _rewrite_rule.__name__ or (
-            caller.f_code.co_name not in ("wrapped", "get_replacement")
-        ):
+        elif not parts.calls_rules(caller):
             return None
         step = Step(frame.f_code, caller.f_lineno, names=frame.f_globals)
         if self._open:
@@ -294,7 +282,7 @@ def _furthest(tried: Try) -> Failure:
         operators = _operators(wanted)
         if len(values) == 2 and operators and values[0] is not values[1]:
             other = values[1 - step.index]
-            if other is not None and _fits(tried, wanted, other):
+            if other is not None and parts.fits(tried.rule, wanted, other, tried.root.graph):
                 here = Wanted(wanted, values[step.index], step.index)
                 path = failure.path[: i + 1]
                 message = "its other operand would match"
@@ -310,40 +298,15 @@ def _place(failure: Failure) -> tuple:
     return id(step.there if step.node is None else step.node), len(failure.path)
 
 
-def _operators(wanted: _pattern_ir.ValuePattern) -> list[_pattern_ir.NodePattern]:
+def _operators(wanted: parts.ValuePattern) -> list[parts.NodePattern]:
     """The nodes of which one must compute the value; none where another value would do too."""
-    if isinstance(wanted, _pattern_ir.BacktrackingOr):
-        choices = [_operators(one) for one in wanted._values]
+    if isinstance(wanted, parts.BacktrackingOr):
+        choices = [_operators(one) for one in parts.alternatives(wanted)]
         return [one for choice in choices for one in choice] if all(choices) else []
     return Wanted(wanted, None).wanted
 
 
-def _fits(tried: Try, wanted: _pattern_ir.ValuePattern, value: ir.Value) -> bool:
-    """Whether `value` matches a part of the rule's pattern by itself."""
-    matcher = _matcher.SimplePatternMatcher(tried.rule._target_pattern)
-    matcher._init_match(0)
-    matcher._graph = tried.root.graph
-    return bool(matcher._match_value(wanted, value))
-
-
 # ── The sites ───────────────────────────────────────────────────────────────────────────────────
-
-
-def _reached(start: ir.Node, step: Callable[[ir.Node], Iterable[ir.Node]]) -> set[ir.Node]:
-    queue, seen = [start], {start}
-    while queue:
-        new = [node for node in step(queue.pop()) if node not in seen]
-        seen.update(new)
-        queue += new
-    return seen
-
-
-def _up(node: ir.Node) -> list[ir.Node]:
-    return [one for one in node.predecessors() if one is not None]
-
-
-def _down(node: ir.Node) -> list[ir.Node]:
-    return list(node.successors())
 
 
 def _roles(sites: list[graph.Site]) -> dict[ir.Node, dict[int, int]]:
@@ -353,15 +316,15 @@ def _roles(sites: list[graph.Site]) -> dict[ir.Node, dict[int, int]]:
         if site.context is None:
             roles.setdefault(site.node, {})[i] = CONTEXT
             continue
-        above = _reached(site.node, _up) & _reached(site.scores, _down)
-        weights = _reached(site.node, _down) & _reached(site.context, _up)
+        above = walks.between(site.scores, site.node)
+        weights = walks.between(site.node, site.context)
         for role, nodes in ((ABOVE, above), (WEIGHTS, weights), (CONTEXT, [site.context])):
             for node in nodes:
                 roles.setdefault(node, {})[i] = role
     queue = deque((site.context or site.node, i) for i, site in enumerate(sites))
     while queue:
         node, i = queue.popleft()
-        for below in _down(node):
+        for below in walks.consumers(node):
             if below not in roles:
                 roles[below] = {i: BELOW}
                 queue.append((below, i))

@@ -7,25 +7,24 @@ The rules are those that ``optimize_for_ort`` applies for attention, or a reader
 from __future__ import annotations
 
 import ast
-import inspect
 import linecache
-import tempfile
-import traceback
 from collections import deque
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnxscript import rewriter
-from onnxscript.rewriter import _pattern_ir, ort_fusions, pattern
+from onnxscript.rewriter import ort_fusions, pattern
 
-from helpers import feeds, files, graph
-from helpers.explain import calls, chosen, slicing, wrong_sites
-from helpers.explain.reasons import Attempt, Check, Explanation, Reason, Verdict
-from helpers.explain.rule_watch import CONTEXT, Failure, Try, Watch, is_one
-from helpers.explain.words import Names
+from helpers import files, graph
+from helpers.explain import calls, chosen, slicing
+from helpers.explain import onnxscript_parts as parts
+from helpers.explain.reasons import Attempt, Check, Reason
+from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_one
+from helpers.explain.verdicts import Outcome, raised, stopped
+from helpers.explain.words import IrWriter
 from helpers.quiet import quiet
 
 # The modules of ort_fusions whose rules make an attention operator, or a step towards it.
@@ -42,7 +41,7 @@ _TEMPORARY = "ai.onnxruntime._fusion"  # the domain of operators that a later ru
 class _Reasons:
     """Why tries of rules came to nothing."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: IrWriter) -> None:
         self._names = names
 
     def conclude(self, tried: Try, failure: Failure | None) -> tuple[Reason, Attempt | None]:
@@ -82,12 +81,12 @@ class _Reasons:
             reason.check = self._check("the pattern", {"node": tried.root})
             return reason
         step = failure.step
-        constant = isinstance(step.pattern, _pattern_ir.Constant)
+        constant = isinstance(step.pattern, parts.Constant)
         reason = self._reason(
             tried, "check", "constant" if constant else "other_check", step.node, failure
         )
         operands: dict[str, Any] = {}
-        if isinstance(step.there, ir.Node) and isinstance(step.pattern, _pattern_ir.NodePattern):
+        if isinstance(step.there, ir.Node) and isinstance(step.pattern, parts.NodePattern):
             operands["node"] = step.there
             for key, wanted in step.pattern.attributes.items():
                 given = step.there.attributes.get(key)
@@ -113,7 +112,7 @@ class _Reasons:
             uses = _uses(tried).items()
             test, operands = match.reason, {key: self._names.show(one) for key, one in uses}
         else:
-            gave = slicing.gave_up(call, self._names.operand)
+            gave = slicing.gave_up(call, self._names.write)
             reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
             reason.file = slicing.file_of(call.code)
             reason.cause = _cause_of_check(gave.values)
@@ -137,7 +136,7 @@ class _Reasons:
         """A reason with the place in the pattern where it failed, and in PyTorch what is there."""
         node = there.producer() if isinstance(there, ir.Value) else there
         reason = Reason(_fusion(tried.rule), kind, cause, anchor=self._names.node(tried.root))
-        written = _written(tried.rule)
+        written = parts.code_of(tried.rule)
         wanted = failure.step.wanted if failure else []
         if failure and not wanted and failure.path:
             wanted = failure.path[-1].wanted
@@ -155,24 +154,12 @@ class _Reasons:
 # ── What a rule's source tells ──────────────────────────────────────────────────────────────────
 
 
-def _instance(rule: pattern.RewriteRule) -> pattern.RewriteRuleClassBase | None:
-    owner = getattr(rule._condition_function, "__self__", None)
-    return owner if isinstance(owner, pattern.RewriteRuleClassBase) else None
-
-
 def _fusion(rule: pattern.RewriteRule) -> str:
-    owner = _instance(rule)
+    owner = parts.instance(rule)
     return type(owner).__name__ if owner else str(rule)
 
 
-def _written(rule: pattern.RewriteRule) -> CodeType | None:
-    """The code of the rule's pattern; of a rule without a class, that of its rewrite."""
-    owner = _instance(rule)
-    function = owner.pattern if owner else rule._replacement_pattern._function
-    return getattr(inspect.unwrap(function), "__code__", None)
-
-
-def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, str]:
+def _line(code: CodeType, wanted: parts.NodePattern | None) -> tuple[int, str]:
     """Where a pattern builds the node `wanted`: the call that has most in common with it."""
     best, line = -1, code.co_firstlineno
     for call in ast.walk(calls.syntax(code)):
@@ -181,9 +168,9 @@ def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, 
         if isinstance(call.func, ast.Attribute) and call.func.attr == str(wanted.op):
             written = {word.arg: ast.unparse(word.value) for word in call.keywords}
             alike = sum(
-                repr(one._value) == written.get(key)
+                repr(parts.constant_of(one)) == written.get(key)
                 for key, one in wanted.attributes.items()
-                if isinstance(one, _pattern_ir.AttrConstantPattern)
+                if isinstance(one, parts.AttrConstantPattern)
             )
             alike += sum(
                 one is not None and one.name is not None and one.name == ast.unparse(given)
@@ -198,7 +185,7 @@ def _line(code: CodeType, wanted: _pattern_ir.NodePattern | None) -> tuple[int, 
 
 
 def _way(
-    found: ir.Node, wanted: list[_pattern_ir.NodePattern], far: int = 3
+    found: ir.Node, wanted: list[parts.NodePattern], far: int = 3
 ) -> list[tuple[str, int]] | None:
     """The way up from `found` to the nearest node that is wanted: operators and inputs."""
     queue: deque[tuple[ir.Node, list]] = deque([(found, [])])
@@ -250,13 +237,13 @@ def _uses(tried: Try) -> dict[str, Any]:
             found[f"tensor {count}"] = value
             found[f"used by {count}"] = [
                 *readers,
-                *["the graph's outputs"][: value.is_graph_output()],
+                *(["the graph's outputs"] if value.is_graph_output() else []),
             ]
     return found
 
 
 def _is_attention(rule: pattern.RewriteRule) -> bool:
-    return type(_instance(rule)).__module__ in _ATTENTION
+    return type(parts.instance(rule)).__module__ in _ATTENTION
 
 
 def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
@@ -281,83 +268,55 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
     return pattern.RewriteRuleSet(made)
 
 
-def explain(
-    path: str | Path,
-    rules: Any = "onnxscript",
-    *,
-    parity: bool = False,
-    inputs: str | Path | None = None,
-) -> Explanation:
-    """Apply rewrite rules to the model at `path`, and say why its attention sites were not fused.
+def applied(path: str | Path, rules: Any, draft: Path | None) -> Outcome:
+    """Apply rewrite rules to the model at `path`; what they make is written to `draft`.
 
     `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``,
     "FILE.py:NAME" of one, or a list of them, applied as ``onnxscript.rewriter.rewrite`` does.
     "onnxscript": those for attention that ``optimize_for_ort`` applies, in its course. A site is
     fused if an operator of `graph.FUSED` takes its place. What the rules' code raises is a reason.
-    With `parity`, what they make is compared with the file, on `inputs` (an .npz) or inferred ones,
-    and sites that fused and compute something else are marked `wrong`. Raises `files.BadInput` on
-    other `rules`, and on inputs that do not fit or cannot be inferred.
+    Raises `files.BadInput` on other `rules`.
     """
-    cases = feeds.read(inputs, path) if parity else None
     rule_set = None if rules == "onnxscript" else _rule_set(rules)
+    optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
     proto = onnx.load(path, load_external_data=False)
     names = graph.names_in(proto)
     del proto  # it may hold the weights
     model = graph.load(path)
     sites = graph.sites(model)
     made: set[ir.Node | ir.Value] = set()
-    reasons = _Reasons(Names(*names, made))
+    reasons = _Reasons(IrWriter(*names, made))
     watched = _is_attention if rule_set is None else rule_set.rules.__contains__
-    watch = Watch(sites, watched, reasons.conclude, made)
-    failed: Reason | None = None
+    watch = RuleWatch(sites, watched, reasons.conclude, made)
     with quiet(), watch:
         try:
             if rule_set is None:
                 ort_fusions.optimize_for_ort(model)
             else:
                 rewriter.rewrite(model, rule_set)
-        except Exception as raised:  # any: the code is not ours, and that it raised is the answer
-            failed = _raised(watch, raised)
+        except Exception as error:  # any: the code is not ours, and that it raised is the answer
+            return stopped(optimizer, sites, _raised(watch, error))
+        if draft:
+            ir.save(model, draft, external_data=f"{draft.name}.data")
     left = set(graph.nodes(model))
     fused = {
-        i
+        number
         for node in left
         if (node.domain, node.op_type) in graph.FUSED
-        for i, role in watch.roles.get(node, {}).items()
+        for number, role in watch.roles.get(node, {}).items()
         if role == CONTEXT
     }
-    verdicts, found = [], {}
-    for i, site in enumerate(sites):
-        verdict = Verdict(site.name, site.layer, i in fused if failed is None else site.fused)
-        verdicts.append(verdict)
-        if verdict.fused:
-            continue
-        reason = failed or _best(watch, i, left)
-        number, reason = found.setdefault(_key(reason), (len(found), reason))
-        reason.sites.append(i)
-        verdict.reason = number
-    optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
-    answer = Explanation(optimizer, verdicts, [reason for _, reason in found.values()])
-    if cases and failed is None:
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            ir.save(model, Path(folder) / "made.onnx", external_data="made.data")
-            wrong_sites.judge(answer, path, Path(folder) / "made.onnx", *cases)
-    return answer
+    return Outcome(optimizer, sites, fused, lambda number: _best(watch, number, left))
 
 
-def _raised(watch: Watch, error: Exception) -> Reason:
+def _raised(watch: RuleWatch, error: Exception) -> Reason:
     """The reason that is an exception of a rule's or the library's own code."""
     while error.__cause__ is not None:  # passes wrap what they raise
         error = error.__cause__
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    name = _fusion(watch.raised) if watch.raised else None
-    reason = Reason(name, "raised", "raised", source=last.line)
-    reason.file, reason.line = PurePath(last.filename).name, last.lineno
-    reason.message = files.raised(error)
-    return reason
+    return raised(error, _fusion(watch.raised) if watch.raised else None)
 
 
-def _best(watch: Watch, site: int, left: set[ir.Node]) -> Reason:
+def _best(watch: RuleWatch, site: int, left: set[ir.Node]) -> Reason:
     """Why the rule that got furthest on the site did not fuse it."""
     tries = sorted(watch.tries[site], key=lambda one: one[0], reverse=True)
     if tries and (tries[0][0][2] >= 1 or site not in watch.fired):  # a node matched
@@ -377,11 +336,3 @@ def _best(watch: Watch, site: int, left: set[ir.Node]) -> Reason:
         message = "the passes before took it out of the graph"
     name = _fusion(fired) if fired else None
     return Reason(name, "check", "unsupported_form", message=message, check=Check(message, {}))
-
-
-def _key(reason: Reason) -> tuple:
-    attempt = reason.attempt
-    path = (*attempt.expected, *attempt.inputs) if attempt else ()
-    found = tuple(one.operator for one in attempt.found) if attempt else ()
-    source = reason.check.source if reason.check else None
-    return reason.fusion, reason.kind, reason.file, reason.line, source, path, found

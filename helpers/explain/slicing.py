@@ -181,7 +181,7 @@ class _Reader:
     def gave_up(self) -> GaveUp:
         step = self.step
         statement, leaves, end = self.tests()
-        source = linecache.getline(step.code.co_filename, step.line).strip()
+        source = source_line(step)
         tests = dict.fromkeys(map(ast.unparse, leaves))
         answer = GaveUp(step.line, source, end, test="; ".join(tests))
         if self.function is None:
@@ -369,9 +369,14 @@ def gave_up(step: Step, write: Callable[[Any], str | None]) -> GaveUp:
     return answer
 
 
+def source_line(step: Step) -> str:
+    """The line at which `step` stands."""
+    return linecache.getline(step.code.co_filename, step.line).strip()
+
+
 def statement(step: Step, write: Callable[[Any], str | None]) -> tuple[str, dict[str, str]]:
     """The line at which `step` stands, and the values of what it reads."""
-    text = linecache.getline(step.code.co_filename, step.line).strip()
+    text = source_line(step)
     reader, answer = _Reader(step, write), GaveUp(step.line, text, False)
     if reader.function is not None:
         for part in ast.iter_child_nodes(reader.function.at(step.line)):

@@ -1,196 +1,93 @@
-"""Which call of a fusion was about which attention site, and so why that was not fused."""
+"""What became of each attention site: one verdict each, and the reasons that sites share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import PurePath
 
-import onnx
 import onnx_ir as ir
 
-from helpers import graph
-from helpers.explain import wrong_sites
-from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, Watch
+from helpers import files, graph
+from helpers.explain import slicing
 from helpers.explain.reasons import Check, Reason, Verdict
-from helpers.quiet import quiet
+from helpers.explain.words import Writer
 
 
-def judged(
-    model: ir.Model,
-    sites: list[graph.Site],
-    made: onnx.ModelProto,
-    watch: Watch,
-    in_functions: bool,
-) -> tuple[list[Verdict], list[Reason]]:
-    """What became of each of `sites`, of `model`, in the graph `made`."""
-    reasons: dict[object, Reason] = {}
-    found = []
-    places = _Places(watch, sites)
-    fused, still = _became(model, sites, made)
-    for number, site in enumerate(sites):
-        verdict = Verdict(site.name, site.layer, number in fused)
-        found.append(verdict)
+@dataclass
+class Outcome:
+    """What a fusion made of a model: numbers of `sites` that are `fused`, and why others are not.
+
+    `model` is the one that it was given; None where that has been changed. `stopped` is whether its
+    code raised, so that there is no result to compare.
+    """
+
+    optimizer: str
+    sites: list[graph.Site]
+    fused: Collection[int]
+    reason_of: Callable[[int], Reason]
+    model: ir.Model | None = None
+    stopped: bool = False
+
+
+def stopped(
+    optimizer: str, sites: list[graph.Site], reason: Reason, model: ir.Model | None = None
+) -> Outcome:
+    """The outcome of a fusion whose code raised, for `reason`: no site is fused that was not."""
+    fused = [number for number, site in enumerate(sites) if site.fused]
+    return Outcome(optimizer, sites, fused, lambda _: reason, model, stopped=True)
+
+
+def judged(outcome: Outcome) -> tuple[list[Verdict], list[Reason]]:
+    """A verdict on each site, and the reasons of those that are not fused, each of them once."""
+    verdicts: list[Verdict] = []
+    reasons: dict[tuple, Reason] = {}
+    for number, site in enumerate(outcome.sites):
+        verdict = Verdict(site.name, site.layer, number in outcome.fused)
+        verdicts.append(verdict)
         if verdict.fused:
             continue
-        reason = places.reason(site, in_functions) if number in still else _gone(made)
-        reason = reasons.setdefault(_same(reason), reason)
+        own = outcome.reason_of(number)
+        reason = reasons.setdefault(shared_by_layers(own), own)
         reason.sites.append(number)
         verdict.reason = list(reasons.values()).index(reason)
-    return found, list(reasons.values())
+    return verdicts, list(reasons.values())
 
 
-def _became(
-    model: ir.Model, sites: list[graph.Site], made: onnx.ModelProto
-) -> tuple[set[int], set[int]]:
-    """Which of `sites` are one operator in the graph `made`, and which are still there unfused."""
-    with quiet():  # onnx_ir warns of outputs that no node computes
-        found = graph.sites(graph.inline(ir.from_proto(made)))
-    left = {site.node.outputs[0].name for site in found if not site.fused}
-    still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
-    fused = set(range(len(sites))) - still
-    if sum(site.fused for site in found) < len(fused):  # some are neither
-        stand_for = {one for piece in wrong_sites.pieces(model, made) for one in piece.sites}
-        fused = {i for i in fused if i in stand_for or sites[i].fused}
-    return fused, still
-
-
-def _gone(made: onnx.ModelProto) -> Reason:
-    """The reason of a site that the optimizer took away without putting anything in its place."""
-    computed = {name for node in made.graph.node for name in node.output}
-    outputs = [one.name for one in made.graph.output if one.name not in computed]
-    message = "the optimizer took it out of the graph, and put no attention in its place"
-    check = Check("the optimised graph", {"outputs that no node computes": ", ".join(outputs)})
-    return Reason(None, "check", "other_check", check=check, message=message)
-
-
-def _same(reason: Reason) -> object:
-    """What two reasons have in common that are the same for several layers."""
+def shared_by_layers(reason: Reason) -> tuple:
+    """What two reasons have in common that are the same for several layers: all but the names."""
     attempt = reason.attempt
+    path = attempt and (
+        *attempt.expected,
+        *attempt.inputs,
+        len(attempt.matched),
+        *(node.operator for node in attempt.found),
+    )
     return (
-        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line, reason.message),
+        *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line),
+        None if reason.file else reason.message,  # the message of a check in code may have names
         *(tuple(reason.within), tuple(reason.none), repr(reason.actual)),
-        attempt and (*attempt.expected, len(attempt.matched), *(n.operator for n in attempt.found)),
-        reason.earlier and _same(reason.earlier),
+        path,
+        reason.check and reason.check.source,
+        reason.earlier and shared_by_layers(reason.earlier),
     )
 
 
-class _Places:
-    """Where the calls of `fuse` that gave up started, to be found from the sites."""
+def raised(error: Exception, fusion: str | None, writer: Writer | None = None) -> Reason:
+    """The reason that is an `error` of a fusion's own code, or of the library that runs it.
 
-    def __init__(self, watch: Watch, sites: list[graph.Site]) -> None:
-        self.watch = watch
-        self.fusions = ", ".join(watch.anchors)
-        self.anchors = {one for found in watch.anchors.values() for one in found}
-        makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
-        self.calls: dict[str, list[Call]] = {}
-        for call in watch.calls:
-            early = call.fusion.fused_op_type in makes and _near(call)
-            if not call.done and (watch.attends(call.fusion) or early):
-                self.calls.setdefault(call.anchor.output, []).append(call)
-        self.products = {node for s in sites for node in (s.node, s.scores, s.context) if node}
-
-    def reason(self, site: graph.Site, in_functions: bool) -> Reason:
-        own = {node for node in (site.node, site.scores, site.context) if node}
-        touching = self._touching({value.name for node in own for value in node.outputs})
-        call = self._downstream(site, own, touching) or touching
-        if call and self.watch.attends(call.fusion):
-            return call.reason
-        starts = f"it starts from {' or '.join(sorted(self.anchors))}, and there is none after the"
-        if call:  # of an earlier fusion, which should have made the anchor
-            message = f"{starts} site: {call.reason.fusion} did not fire at the"
-            message += f" {call.anchor.operator} there ({call.reason.cause})"
-            return dataclasses.replace(
-                call.reason,
-                fusion=self.fusions,
-                cause="missing_anchor",
-                message=message,
-                earlier=call.reason,
-                sites=[],
-            )
-        if not self.anchors:
-            message = "this optimizer has no fusion that makes an attention, or it is turned off"
-        else:
-            message = f"{starts} site"
-        if in_functions:
-            message += " (the optimizer does not look into the functions of a model)"
-        after = ", ".join(f"{one.op_type} {graph.name(one)}" for one in self._after(site))
-        operands = {
-            **{f"{name}.search_op_types": str(found) for name, found in self.watch.anchors.items()},
-            "after the site": after,
-        }
-        return Reason(
-            self.fusions or None,
-            "check",
-            "missing_anchor",
-            check=Check("search_op_types", operands),
-            message=message,
-        )
-
-    def _after(self, site: graph.Site, number: int = 10) -> list[ir.Node]:
-        """The first nodes after the product with the values, without those that make shapes."""
-        queue, found = deque([site.context or site.node]), []
-        while queue and len(found) < number:
-            users = [user for value in queue.popleft().outputs for user in value.consumers()]
-            new = [one for one in users if one not in found and one.op_type != "Shape"]
-            found += new
-            queue.extend(new)
-        return found[:number]
-
-    def _touching(self, names: set[str]) -> Call | None:
-        """The call that came upon the site's own nodes and got furthest."""
-
-        def touches(call: Call) -> bool:
-            reached = (one.output for a in call.attempts for one in (a.start, *a.matched))
-            return call.anchor.output in names or not names.isdisjoint(reached)
-
-        calls = [c for calls in self.calls.values() for c in calls if self.watch.attends(c.fusion)]
-        return max(filter(touches, calls), key=_progress, default=None)
-
-    def _downstream(
-        self, site: graph.Site, own: set[ir.Node], touching: Call | None
-    ) -> Call | None:
-        """The call that started from the first anchor after the site, before another site.
-
-        Where a residual connection around what comes after the site ends, the feed-forward part
-        does, and anchors behind that are not the site's.
-        """
-        after = self._reached(site.context or site.node, own)
-        queue, seen = deque([site.node]), {site.node}
-        while queue:
-            node = queue.popleft()
-            for value in node.outputs:
-                calls = self.calls.get(value.name, [])
-                attending = [call for call in calls if self.watch.attends(call.fusion)]
-                if attending:
-                    return max(attending, key=_progress) if touching not in calls else touching
-                if calls and touching is None:
-                    return calls[-1]
-                for user in value.consumers():
-                    makers = [one.producer() for one in user.inputs if one is not None]
-                    joins = user.op_type == "Add" and len(makers) == 2 and after.issuperset(makers)
-                    if user not in seen and user not in self.products - own and not joins:
-                        seen.add(user)
-                        queue.append(user)
-        return None
-
-    def _reached(self, start: ir.Node, own: set[ir.Node]) -> set[ir.Node]:
-        """The nodes downstream of `start`, up to other sites."""
-        queue, seen = [start], {start}
-        while queue:
-            users = {user for value in queue.pop().outputs for user in value.consumers()}
-            new = users - seen - (self.products - own)
-            seen |= new
-            queue += new
-        return seen
-
-
-def _near(call: Call) -> bool:
-    """Whether a call of a fusion of normalisations was about one: it starts from a good many nodes
-    that have nothing to do with them."""
-    return "Normalization" in call.anchor.operator or any(len(a.matched) > 2 for a in call.attempts)
-
-
-def _progress(call: Call) -> tuple[int, int]:
-    """How far a call got: the paths that it found, and the nodes on all of them."""
-    attempts = call.attempts
-    return sum(not one.broke for one in attempts), sum(len(one.matched) for one in attempts)
+    With `writer`, the values of what the failing line reads are told.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [pair for pair in frames if PurePath(pair[0].f_code.co_filename).name != "fusion_base.py"]
+    frame, line = own[-1] if own else frames[-1]
+    step = slicing.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
+    reason = Reason(fusion, "raised", "raised", file=slicing.file_of(frame.f_code), line=line)
+    reason.message = files.raised(error)
+    if writer is None:
+        reason.source = slicing.source_line(step)
+        return reason
+    reason.source, operands = slicing.statement(step, writer.write)
+    reason.check = Check(reason.source, operands)
+    return reason

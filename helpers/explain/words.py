@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,43 +13,70 @@ import onnx_ir as ir
 
 from helpers.explain.reasons import Node
 
+MANY = 8  # items of a list, and elements of a constant, that are written out
 
-def writer(made: dict[str, onnx.NodeProto], name: Callable) -> Callable[[Any], str | None]:
-    """Renders values of a fusion's variables; `made` has the nodes by output, `name` names one.
 
-    Answers None for what tells nothing of the graph: methods, modules, large dictionaries.
+class Writer:
+    """Writes what a fusion's variables hold; a subclass knows one kind of graph."""
+
+    def write(self, value: Any) -> str | None:
+        """An operand of a check, in words; None for what tells nothing of the graph: methods,
+        modules, large dictionaries."""
+        raise NotImplementedError
+
+    def _plain(self, value: Any) -> str | None:
+        """Numbers, truth values, None, and lists of anything."""
+        if isinstance(value, (bool, int, float, type(None))):
+            return str(value)
+        if not isinstance(value, (list, tuple, set)):
+            return None
+        parts = [self._item(item) for item in itertools.islice(value, MANY)]
+        more = ", …" if len(value) > MANY else ""
+        return None if None in parts else f"[{', '.join(parts)}{more}]"
+
+    def _item(self, value: Any) -> str | None:
+        return self.write(value)
+
+
+def written_node(node: Node, inputs: Iterable[str], outputs: Iterable[str]) -> str:
+    """A node between its tensors, as all answers write it."""
+    return f"{node.operator} {node.name} ({', '.join(inputs)}) -> {', '.join(outputs)}"
+
+
+class ProtoWriter(Writer):
+    """Writes what ONNX Runtime's fusions hold: protobuf's nodes, and tensors by their names.
+
+    `made` has the nodes by output; `name` gives a node under the file's name for it.
     """
 
-    def node(proto: onnx.NodeProto) -> str:
-        inputs, outputs = ", ".join(proto.input), ", ".join(filter(None, proto.output))
-        return f"{proto.op_type} {name(proto).name} ({inputs}) -> {outputs}"
+    def __init__(
+        self, made: dict[str, onnx.NodeProto], name: Callable[[onnx.NodeProto], Node]
+    ) -> None:
+        self._made, self._name = made, name
 
-    def write(value: Any) -> str | None:
+    def write(self, value: Any) -> str | None:
         if isinstance(value, onnx.NodeProto):
-            return node(value)
+            return written_node(self._name(value), value.input, filter(None, value.output))
         if isinstance(value, onnx.TensorProto):
             return f"initializer {value.name} {list(value.dims)}"
         if isinstance(value, str):
-            above = made.get(value)
-            return f"{value} (from {above.op_type} {name(above).name})" if above else repr(value)
-        if isinstance(value, np.ndarray) and value.size > 8:
+            return self._tensor(value)
+        if isinstance(value, np.ndarray) and value.size > MANY:
             return f"an array {value.dtype} {list(value.shape)}"
-        if isinstance(value, (bool, int, float, np.ndarray, np.generic, type(None))):
-            return str(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value)
-        if isinstance(value, (list, tuple, set)) or type(value).__name__.startswith("Repeated"):
-            parts = [write(one) for one in list(value)[:8]]
-            more = ", …" if len(value) > 8 else ""
-            return None if None in parts else f"[{', '.join(parts)}{more}]"
-        return None
+        if isinstance(value, (np.ndarray, np.generic)):
+            return str(value.tolist())
+        if type(value).__name__.startswith("Repeated"):  # protobuf's lists
+            value = list(value)
+        return self._plain(value)
 
-    return write
-
-
-_MANY = 8  # items of a list, and elements of a constant, that are written out
+    def _tensor(self, name: str) -> str:
+        above = self._made.get(name)
+        return f"{name} (from {above.op_type} {self._name(above).name})" if above else repr(name)
 
 
-class Names:
-    """Names as the file has them, of nodes and values of a graph that has changed since."""
+class IrWriter(Writer):
+    """Writes what rewrite rules hold: nodes and values of onnx_ir, in a graph that has changed
+    since, by the names that the file has."""
 
     def __init__(self, nodes: set[str], tensors: set[str], made: set[ir.Node | ir.Value]) -> None:
         """`nodes` and `tensors` are the file's; what is in `made` has its name by chance."""
@@ -75,29 +102,28 @@ class Names:
         known = node.name in self._nodes and node not in self._made
         return Node(node.op_type, node.name if known else output, output)
 
-    def show(self, thing: Any) -> str:
-        """An operand of a check, in words: nodes and tensors by their names."""
-        if isinstance(thing, ir.Node):
-            inputs = ", ".join(map(self.tensor, thing.inputs))
-            outputs = ", ".join(map(self.tensor, thing.outputs))
-            return f"{thing.op_type} {self.node(thing).name} ({inputs}) -> {outputs}"
-        if isinstance(thing, ir.Value):
-            return self._value(thing)
-        if isinstance(thing, ir.Attr):
-            return self.show(thing.value)
-        if isinstance(thing, dict):
-            inner = (f"{key}: {self.show(one)}" for key, one in itertools.islice(thing.items(), 20))
-            return "{" + ", ".join(inner) + "}"
-        if isinstance(thing, list | tuple | set):
-            inner = [self.show(one) for one in itertools.islice(thing, _MANY)]
-            return f"[{', '.join(inner)}{', …' if len(thing) > _MANY else ''}]"
-        return str(thing)
+    def write(self, value: Any) -> str | None:
+        telling = (ir.Node, ir.Value, ir.Attr, ir.Shape, ir.SymbolicDim)
+        telling = (*telling, str, int, float, dict, list, tuple, set, type(None))
+        return self.show(value) if isinstance(value, telling) else None
 
-    def operand(self, thing: Any) -> str | None:
-        """The same for what tells of the graph; None for modules, functions and the like."""
-        plain = (ir.Node, ir.Value, ir.Attr, ir.Shape, ir.SymbolicDim)
-        plain = (*plain, str, int, float, dict, list, tuple, set, type(None))
-        return self.show(thing) if isinstance(thing, plain) else None
+    def show(self, value: Any) -> str:
+        """The same for what is known to tell of the graph: all of it is written."""
+        if isinstance(value, ir.Node):
+            inputs, outputs = map(self.tensor, value.inputs), map(self.tensor, value.outputs)
+            return written_node(self.node(value), inputs, outputs)
+        if isinstance(value, ir.Value):
+            return self._value(value)
+        if isinstance(value, ir.Attr):
+            return self.show(value.value)
+        if isinstance(value, dict):
+            items = itertools.islice(value.items(), 20)
+            inner = (f"{key}: {self.show(item)}" for key, item in items)
+            return "{" + ", ".join(inner) + "}"
+        return self._plain(value) or str(value)
+
+    def _item(self, value: Any) -> str:
+        return self.show(value)
 
     def _value(self, value: ir.Value) -> str:
         made, tensor = value.producer(), ir.convenience.get_const_tensor(value)
@@ -106,6 +132,6 @@ class Names:
         else:
             text = f"{'input' if value.is_graph_input() else 'initializer'} {self.tensor(value)}"
         text += f", shape {value.shape}" if value.shape is not None else ", no shape"
-        if tensor is not None and tensor.size <= _MANY:
+        if tensor is not None and tensor.size <= MANY:
             text += f", value {tensor.numpy().tolist()}"
         return text

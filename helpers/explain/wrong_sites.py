@@ -36,10 +36,19 @@ class Piece:
 
 
 def judge(
-    answer: Explanation, path: str | Path, fused: str | Path, cases: list[Feed], description: str
+    answer: Explanation,
+    original: files.Opened,
+    fused: str | Path,
+    cases: list[Feed],
+    description: str,
+    model: ir.Model | None = None,
+    sites: list[graph.Site] | None = None,
 ) -> None:
-    """Compare the model `fused` with that at `path`, and add to `answer` which sites are wrong."""
-    answer.parity, found = find(path, fused, cases, description)
+    """Compare the model `fused` with the `original`, and add to `answer` which sites are wrong.
+
+    `model` is the `original`, if it has been read, with its `sites`.
+    """
+    answer.parity, found = find(original, fused, cases, description, model, sites)
     answer.parity.name = "the optimised graph"
     for site in found:
         if isinstance(site, str):  # it fused what is no attention
@@ -49,37 +58,44 @@ def judge(
 
 
 def find(
-    path: str | Path, fused: str | Path, cases: list[Feed], description: str
+    original: files.Opened,
+    fused: str | Path,
+    cases: list[Feed],
+    description: str,
+    model: ir.Model | None = None,
+    sites: list[graph.Site] | None = None,
 ) -> tuple[parity.Candidate, set[int | str]]:
-    """Compare the model `fused` with that at `path`, and say which of its sites are wrong.
+    """Compare the model `fused` with the `original`, and say which of its sites are wrong.
 
-    Returns the comparison of all, and numbers in ``graph.sites`` of the model at `path`, or the
+    Returns the comparison of all, and numbers in ``graph.sites`` of the `original`, or the
     name of a tensor where an operator stands for what was no site there. None where parity holds;
     every fused one where the fault is in none alone. Of a model that does not load, those are wrong
     that have taken away what is read elsewhere.
     """
-    path, fused = Path(path).absolute(), Path(fused).absolute()
-    whole = parity.compare(path, [_candidate(path, fused)], cases, description).candidates[0]
+    path, fused = original.path, Path(fused).absolute()
+    whole = parity.compare(original, [_candidate(path, fused)], cases, description).candidates[0]
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
-    model = graph.load(path, weights=False)
-    found = pieces(model, proto)
+    if model is None:
+        model, sites = original.model.clone(), None  # whose shapes may be inferred
+    sites = graph.sites(model) if sites is None else sites
+    found = pieces(model, proto, sites)
     every = {site for piece in found for site in piece.sites}
     gone = _gone(model, proto)
     if gone or not found:
-        return whole, _about(model, found, gone) or every
+        return whole, _about(sites, found, gone) or every
     tensors = list(dict.fromkeys(name for piece in found for name in piece.outputs))
     boundary = list(dict.fromkeys(name for piece in found for name in piece.inputs))
     around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
     runs = [_runner(piece, proto, around, tensors) for piece in found]
 
-    def original(arrays: parity.Outputs) -> parity.Outputs:
+    def reference(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
         return {name: values[name] for name in tensors}
 
     try:
-        judged = parity.compare(original, runs, cases, description).candidates
+        judged = parity.compare(reference, runs, cases, description).candidates
     except files.BadInput:  # no numbers to compare there
         return whole, every
     wrong = {
@@ -92,7 +108,7 @@ def find(
 
 
 def _candidate(path: Path, fused: Path) -> parity.Model:
-    """The model `fused`, given those inputs of the one at `path` that it still has."""
+    """The model `fused`, given those inputs of the `original` that it still has."""
     before, after = (
         {one.name for one in onnx.load(file, load_external_data=False).graph.input}
         for file in (path, fused)
@@ -111,9 +127,11 @@ def _candidate(path: Path, fused: Path) -> parity.Model:
     return run
 
 
-def pieces(model: ir.Model, proto: onnx.ModelProto) -> list[Piece]:
-    """The pieces around the operators of `proto`, the optimised `model`, that it has put there."""
-    sites = graph.sites(model)
+def pieces(model: ir.Model, proto: onnx.ModelProto, sites: list[graph.Site]) -> list[Piece]:
+    """The pieces around the operators of `proto`, the optimised `model`, that it has put there.
+
+    `sites` are those of `model`.
+    """
     known = {v.name for node in model.graph for v in node.outputs} | {
         v.name for v in model.graph.inputs
     }
@@ -188,10 +206,10 @@ def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
     return [makers[name] for name in dict.fromkeys(read) if name not in made and name in makers]
 
 
-def _about(model: ir.Model, pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
+def _about(sites: list[graph.Site], pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
     """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
     found = {s for p in pieces if not p.stands_for.isdisjoint(gone) for s in p.sites}
-    number = {site.context: i for i, site in enumerate(graph.sites(model)) if site.context}
+    number = {site.context: i for i, site in enumerate(sites) if site.context}
     queue, seen = deque(() if found else gone), set()
     while queue:
         node = queue.popleft()
