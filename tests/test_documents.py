@@ -1,5 +1,6 @@
 """The notebooks as documents, and the README's table."""
 
+import collections
 import re
 import subprocess
 from pathlib import Path
@@ -21,6 +22,10 @@ FORBIDDEN = {
     "a timestamp": r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d",
     "a warning": r"\b\w*Warning\b",
 }
+BUDGET = collections.defaultdict(lambda: 120, wav2vec2=300)  # seconds of a run
+LARGEST = 10 * 2**30  # bytes of memory
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+TAKES = r"(?P<minutes>\w+) minutes? on 2 cores, and less than (?P<gibibytes>\d+) GiB of memory"
 PLUMBING = r"^\s*(!|%(?!matplotlib inline))|sys\.path|pip install"
 
 
@@ -83,6 +88,19 @@ def test_cells_are_short_and_plain(notebook):
             continue
         assert len(cell.source.splitlines()) <= 15, cell.source
         assert not re.search(PLUMBING, cell.source, re.M), cell.source
+
+
+def test_runs_within_its_budget_and_says_so(notebook):
+    """`python -m helpers.figures.notebooks` writes what a run took into the metadata."""
+    run = notebook.metadata["run"]
+    assert set(run) == {"seconds", "memory", "processor"}
+    assert 0 < run["seconds"] <= BUDGET[notebook.cells[0].source.split(":")[0].lstrip("# ")]
+    assert 2**20 < run["memory"] <= LARGEST
+    assert re.search(r"\w", run["processor"])
+    said = re.search(TAKES, notebook.cells[0].source)
+    seconds = 60 * NUMBERS.index(said["minutes"])
+    assert run["seconds"] <= seconds <= 2 * run["seconds"]
+    assert run["memory"] <= int(said["gibibytes"]) * 2**30
 
 
 def test_pictures_have_alt_text(notebook):
