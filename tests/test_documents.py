@@ -5,9 +5,13 @@ import re
 import subprocess
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pandas as pd
 import pytest
+
+from helpers import files
+from helpers.figures import notebooks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -101,6 +105,44 @@ def test_runs_within_its_budget_and_says_so(notebook):
     seconds = 60 * NUMBERS.index(said["minutes"])
     assert run["seconds"] <= seconds <= 2 * run["seconds"]
     assert run["memory"] <= int(said["gibibytes"]) * 2**30
+
+
+def page(path: Path, *sources: str) -> bytes:
+    """Write a notebook with these cells of code to `path`; returns the file."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path.read_bytes()
+
+
+def test_a_run_is_written_with_what_it_took(tmp_path):
+    path = tmp_path / "00_page.ipynb"
+    child = (
+        "import subprocess, sys\ncode = 'x = bytearray(3 * 10**8); import time; time.sleep(1.5)'"
+    )
+    page(path, child, "print(subprocess.run([sys.executable, '-c', code]).returncode)")
+    took = notebooks.run(path)
+    ran = nbformat.read(path, as_version=4)
+    assert ran.metadata["run"] == took
+    assert 1 <= took["seconds"] < 120
+    assert 3e8 < took["memory"] < 3e9  # that of the process which the kernel started is counted
+    assert [cell.execution_count for cell in ran.cells] == [1, 2]
+    assert ran.cells[1].outputs[0].text == "0\n"
+    assert not any("execution" in cell.metadata for cell in ran.cells)
+
+
+def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
+    path = tmp_path / "00_page.ipynb"
+    before = page(path, "1 / 0")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
+        notebooks.run(path)
+    assert path.read_bytes() == before
+
+
+def test_notebooks_are_chosen_by_how_their_names_begin():
+    assert notebooks.chosen([]) == NOTEBOOKS
+    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[0], NOTEBOOKS[2]]
+    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 01_wav2vec2"):
+        notebooks.chosen(["xx"])
 
 
 def test_pictures_have_alt_text(notebook):
