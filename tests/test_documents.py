@@ -130,6 +130,22 @@ def test_a_run_is_written_with_what_it_took(tmp_path):
     assert not any("execution" in cell.metadata for cell in ran.cells)
 
 
+def test_a_result_becomes_its_row(tmp_path):
+    table = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        other = re.sub(rf"^(\| \[{path.stem}\].+ \| ).+( \|)$", r"\1old\2", text, flags=re.M)
+        assert other != text
+        table.write_text(other, encoding="utf-8")
+        notebooks.put_result(path, table)
+        row = f"](notebooks/{path.stem}.ipynb) |"
+        [line] = [line for line in table.read_text("utf-8").splitlines() if row in line]
+        assert line.endswith(f" | {result(path)} |")
+    table.write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected one row for"):
+        notebooks.put_result(path, table)
+
+
 def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
     path = tmp_path / "00_page.ipynb"
     before = page(path, "1 / 0")

@@ -5,11 +5,14 @@ its outputs when it has run to its end, and into its metadata, as ``run``, what 
 ``seconds``, from the start of the kernel to its end, ``memory``, the most that the kernel and the
 processes that it started had at one time, in bytes, and the ``processor``.
 
+What its cell tagged ``result`` prints becomes its row of the README's table.
+
 Memory is RSS, added up: pages that processes share count for each of them, so it is an upper bound.
 """
 
 import argparse
 import os
+import re
 import sys
 import threading
 import time
@@ -86,6 +89,21 @@ def run(path: Path) -> dict[str, Any]:
     return dict(notebook.metadata["run"])
 
 
+def put_result(path: Path, page: Path) -> None:
+    """Put what the cell tagged ``result`` of the notebook at `path` printed into its row of the
+    table in `page`; raises ValueError where there is no such cell or row."""
+    cells = nbformat.read(path, as_version=4).cells
+    [result] = [cell for cell in cells if "result" in cell.metadata.get("tags", [])]
+    line = result.outputs[-1].text.strip()
+    text = page.read_text(encoding="utf-8")
+    row = re.compile(rf"^(\| \[{path.stem}\]\([^)]+\) \| [^|]+ \| ).+( \|)$", re.MULTILINE)
+    text, rows = row.subn(lambda match: f"{match[1]}{line}{match[2]}", text)
+    if rows != 1:
+        raise ValueError(f"{page}: expected one row for {path.stem}, found {rows}")
+    with files.replacing(page) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 def chosen(names: Sequence[str]) -> list[Path]:
     """The notebooks whose names begin with one of `names`, or all; raises `files.BadInput` on a
     name that none begins with."""
@@ -107,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in chosen(names):
         print(f"running {path.stem} …", flush=True)
         took = run(path)
+        put_result(path, FOLDER.parent / "README.md")
         print(f"{took['seconds']} s, {took['memory'] / 2**30:.1f} GiB at the most", flush=True)
 
 
