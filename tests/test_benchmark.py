@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from graphs import write
 
 from helpers import benchmark, contenders, files
-from helpers.benchmark import timing
+from helpers.benchmark import results, timing
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -112,10 +114,80 @@ def test_speedup_is_paired_by_round():
     assert benchmark.speedup(reference, reference / 2) == (2, 2, 2)
     assert benchmark.speedup(reference[:1], reference[:1] * 2) == (0.5, 0.5, 0.5)
     ratios = np.array([1.0, 1.1, 1.2, 1.3, 9.0])
-    median, low, high = benchmark.speedup(ratios, np.ones(5))
-    assert median == 1.2
-    assert 1 <= low < median < high <= 9
-    assert benchmark.speedup(ratios, np.ones(5)) == (median, low, high)  # seeded
+    assert benchmark.speedup(ratios, np.ones(5)) == (1.2, 1, 9)  # the range
+    ratios = np.array([9.0, 1.4, 1.3, 1.0, 1.2, 1.1, 1.5, 1.6, 1.7])
+    assert benchmark.speedup(ratios, np.ones(9)) == (1.4, 1.1, 1.7)  # the second and the eighth
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected", "covers"),  # tables of the sign test, as Conover's A3
+    [
+        (1, (1, 1), 0),
+        (2, (1, 2), 0.5),
+        (5, (1, 5), 0.9375),
+        (6, (1, 6), 0.96875),
+        (8, (1, 8), 0.9921875),
+        (9, (2, 8), 0.9609375),
+        (10, (2, 9), 0.978515625),
+        (15, (4, 12), 0.96484375),
+        (20, (6, 15), 0.95861),
+        (30, (10, 21), 0.95723),
+    ],
+)
+def test_ranks_that_bound_the_median(rounds, expected, covers):
+    assert results.ranks(rounds) == expected
+    assert results.coverage(rounds) == pytest.approx(covers, abs=1e-5)
+
+
+def test_the_interval_is_the_narrowest_that_covers_enough_and_is_named():
+    for rounds in range(6, 60):
+        low, high = results.ranks(rounds)
+        assert results.coverage(rounds) >= 0.95
+        inside = sum(math.comb(rounds, count) for count in range(low + 1, high - 1))
+        assert inside / 2**rounds < 0.95  # one rank less on either side covers too little
+        assert results.interval(rounds) == "95 % interval"
+    assert results.interval(5) == "range (a 94 % interval)"
+    assert results.interval(2) == "range (a 50 % interval)"
+
+
+def test_how_often_the_median_lies_in_the_interval():
+    ratios = np.random.default_rng(0).lognormal(size=(2000, 9))  # whose median is 1
+    bounds = np.array([benchmark.speedup(row, np.ones(9)) for row in ratios])
+    inside = (bounds[:, 1] <= 1) & (bounds[:, 2] >= 1)
+    assert inside.mean() == pytest.approx(results.coverage(9), abs=0.015)
+
+
+def test_enough_rounds():
+    rule = timing.Rule(least=6, most=10, width=0.03, seconds=40, pairs=[("b", "a")])
+    steady, noisy = np.full(6, 2.0), np.array([1.9, 2, 2, 2, 2, 2.1])
+    assert rule.holds(6, {"a": steady, "b": steady / 3}, 1)
+    assert not rule.holds(5, {"a": steady[:5], "b": steady[:5]}, 100)  # never before the least
+    assert not rule.holds(6, {"a": noisy, "b": steady}, 1)
+    assert rule.holds(6, {"a": noisy, "b": steady}, 40)
+    assert rule.holds(10, {"a": noisy, "b": steady}, 1)
+    assert dataclasses.replace(rule, width=0.0501).holds(6, {"a": noisy, "b": steady}, 1)
+    # What the interval says does not count, nor who is not compared, nor who failed.
+    assert not rule.holds(6, {"a": noisy, "b": steady / 9}, 1)
+    assert rule.holds(6, {"a": steady, "b": steady, "c": noisy}, 1)
+    assert rule.holds(6, {"a": noisy}, 1)
+
+
+def test_rounds_end_by_the_rule_and_are_said(tmp_path):
+    log = tmp_path / "log"
+    three = [named(label, "logged", log=str(log), label=label) for label in "abc"]
+    options = {"threads": 1, "progress": False, "at_once": 2}
+    wide = benchmark.run(three, {"x": ARRAYS}, rounds=(2, 9), width=1e6, **options)["x"]
+    assert {len(one.seconds) for one in wide.measured.values()} == {6}  # the first interval
+    assert "median and 95 % interval; x: 6 rounds of 1, 2 groups; " in wide.caption
+    # The second group takes as many rounds as the first, so that they can be compared.
+    over = benchmark.run(three, {"x": ARRAYS}, rounds=(3, 9), width=1e-9, seconds=1e-9, **options)
+    assert {len(one.seconds) for one in over["x"].measured.values()} == {3}
+    assert "median and range (a 75 % interval); x: 3 rounds" in over["x"].caption
+    most = {"x": (1, 7)}
+    ends = benchmark.run(three, {"x": ARRAYS}, rounds=most, width=1e-12, **options)["x"]
+    assert {len(one.seconds) for one in ends.measured.values()} == {7}
+    assert ends.against("b").speedups()["c"].median > 0
+    assert "median and 95 % interval; x: 7 rounds of 1" in ends.caption
 
 
 def test_each_round_another_one_goes_first():
@@ -123,7 +195,8 @@ def test_each_round_another_one_goes_first():
     assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "abc"]
 
 
-def test_contenders_take_turns_and_are_gone_afterwards(tmp_path, capfd):
+def test_contenders_take_turns_and_are_gone_afterwards(tmp_path, capfd, caplog):
+    caplog.set_level(logging.INFO, "helpers")
     log = tmp_path / "log"
     three = [named(label, "logged", log=str(log), label=label) for label in "abc"]
     answer = benchmark.run(three, {"short": ARRAYS}, rounds=3, repeats=2, threads=1)["short"]
@@ -137,7 +210,8 @@ def test_contenders_take_turns_and_are_gone_afterwards(tmp_path, capfd):
     assert {label: len(one.seconds) for label, one in answer.measured.items()} == dict.fromkeys(
         "abc", 3
     )
-    assert capfd.readouterr() == ("group 1 of 1: 3 contenders\nshort: round 3 of 3\n", "")
+    assert caplog.messages == ["group 1 of 1: 3 contenders", "short: round 3 of 3"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_groups_keep_few_in_memory_and_share_the_reference(tmp_path):
@@ -225,7 +299,7 @@ def test_what_fails_is_a_row_with_its_reason(tiny, tmp_path, capfd):
     assert "\n" not in text
     assert str(tmp_path) not in text + answer.caption + answer.describe()
     assert answer.caption.startswith(
-        "speed-up against eager, median and 95 % interval; "
+        "speed-up against eager, median and range (a 50 % interval); "
         "here: 2 rounds of 1, 1 groups; x float32 [2, 8]; "
     )
     assert "1 threads that do not spin; torch 2" in answer.caption
@@ -319,6 +393,11 @@ def test_difference_of_other_outputs():
         ("a", {"rounds": 0}),
         ("a", {"rounds": {"b": 1}}),
         ("a", {"at_once": 1}),
+        ("a", {"rounds": (3, 2)}),
+        ("a", {"rounds": (0, 2)}),
+        ("a", {"width": 0}),
+        ("a", {"seconds": 0}),
+        ("a", {"compared": [("a", "b")]}),
     ],
 )
 def test_bad_arguments(labels, options):
@@ -340,7 +419,7 @@ def test_table():
 def test_against_another_reference():
     answer = result({"eager": [0.2, 0.4], "ours": [0.1, 0.2]}).against("ours")
     assert list(answer.table()["speed-up"]) == [0.5, 1]
-    assert answer.caption == "speed-up against ours, median and 95 % interval; here"
+    assert answer.caption == "speed-up against ours, median and range (a 50 % interval); here"
     with pytest.raises(ValueError, match="expected a contender's label, found theirs"):
         answer.against("theirs")
 
@@ -357,8 +436,8 @@ def test_plot_has_a_marker_for_each_contender():
     names = [tick.get_text() for tick in axes.get_yticklabels()]
     assert names == ["eager", "ours", "stock (no result)"]
     assert answer.describe() == (
-        "Speed-up against eager (1.00), median and 95 % interval: ours 2.00 (1.50 to 2.00);"
-        " stock failed."
+        "Speed-up against eager (1.00), median and range (a 75 % interval): ours 2.00 (1.50 to"
+        " 2.00); stock failed."
     )
     assert [dot.get_markerfacecolor() for dot in dots] == ["#000000", "white"]
 

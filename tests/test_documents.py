@@ -1,12 +1,17 @@
 """The notebooks as documents, and the README's table."""
 
+import collections
 import re
 import subprocess
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pandas as pd
 import pytest
+
+from helpers import files
+from helpers.figures import notebooks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -21,6 +26,10 @@ FORBIDDEN = {
     "a timestamp": r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d",
     "a warning": r"\b\w*Warning\b",
 }
+BUDGET = collections.defaultdict(lambda: 120, wav2vec2=300)  # seconds of a run
+LARGEST = 10 * 2**30  # bytes of memory
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+TAKES = r"(?P<minutes>\w+) minutes? on 2 cores, and less than (?P<gibibytes>\d+) GiB of memory"
 PLUMBING = r"^\s*(!|%(?!matplotlib inline))|sys\.path|pip install"
 
 
@@ -83,6 +92,73 @@ def test_cells_are_short_and_plain(notebook):
             continue
         assert len(cell.source.splitlines()) <= 15, cell.source
         assert not re.search(PLUMBING, cell.source, re.M), cell.source
+
+
+def test_runs_within_its_budget_and_says_so(notebook):
+    """`python -m helpers.figures.notebooks` writes what a run took into the metadata."""
+    run = notebook.metadata["run"]
+    assert set(run) == {"seconds", "memory", "processor"}
+    assert 0 < run["seconds"] <= BUDGET[notebook.cells[0].source.split(":")[0].lstrip("# ")]
+    assert 2**20 < run["memory"] <= LARGEST
+    assert re.search(r"\w", run["processor"])
+    said = re.search(TAKES, notebook.cells[0].source)
+    seconds = 60 * NUMBERS.index(said["minutes"])
+    assert run["seconds"] <= seconds <= 2 * run["seconds"]
+    assert run["memory"] <= int(said["gibibytes"]) * 2**30
+
+
+def page(path: Path, *sources: str) -> bytes:
+    """Write a notebook with these cells of code to `path`; returns the file."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path.read_bytes()
+
+
+def test_a_run_is_written_with_what_it_took(tmp_path):
+    path = tmp_path / "00_page.ipynb"
+    child = (
+        "import subprocess, sys\ncode = 'x = bytearray(3 * 10**8); import time; time.sleep(1.5)'"
+    )
+    page(path, child, "print(subprocess.run([sys.executable, '-c', code]).returncode)")
+    took = notebooks.run(path)
+    ran = nbformat.read(path, as_version=4)
+    assert ran.metadata["run"] == took
+    assert 1 <= took["seconds"] < 120
+    assert 3e8 < took["memory"] < 3e9  # that of the process which the kernel started is counted
+    assert [cell.execution_count for cell in ran.cells] == [1, 2]
+    assert ran.cells[1].outputs[0].text == "0\n"
+    assert not any("execution" in cell.metadata for cell in ran.cells)
+
+
+def test_a_result_becomes_its_row(tmp_path):
+    table = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        other = re.sub(rf"^(\| \[{path.stem}\].+ \| ).+( \|)$", r"\1old\2", text, flags=re.M)
+        assert other != text
+        table.write_text(other, encoding="utf-8")
+        notebooks.put_result(path, table)
+        row = f"](notebooks/{path.stem}.ipynb) |"
+        [line] = [line for line in table.read_text("utf-8").splitlines() if row in line]
+        assert line.endswith(f" | {result(path)} |")
+    table.write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected one row for"):
+        notebooks.put_result(path, table)
+
+
+def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
+    path = tmp_path / "00_page.ipynb"
+    before = page(path, "1 / 0")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
+        notebooks.run(path)
+    assert path.read_bytes() == before
+
+
+def test_notebooks_are_chosen_by_how_their_names_begin():
+    assert notebooks.chosen([]) == NOTEBOOKS
+    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[0], NOTEBOOKS[2]]
+    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 01_wav2vec2"):
+        notebooks.chosen(["xx"])
 
 
 def test_pictures_have_alt_text(notebook):

@@ -1,6 +1,16 @@
 """Time contenders fairly: each in a process of its own, by turns, as ratios paired by round."""
 
 from helpers.benchmark.results import Measured, Result, Speedup, plot_by, speedup
-from helpers.benchmark.timing import PACKAGES, peak_memory, run
+from helpers.benchmark.timing import PACKAGES, peak_memory, processor, run
 
-__all__ = ["PACKAGES", "Measured", "Result", "Speedup", "peak_memory", "plot_by", "run", "speedup"]
+__all__ = [
+    "PACKAGES",
+    "Measured",
+    "Result",
+    "Speedup",
+    "peak_memory",
+    "plot_by",
+    "processor",
+    "run",
+    "speedup",
+]

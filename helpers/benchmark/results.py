@@ -1,6 +1,8 @@
 """What a benchmark showed: speed-ups with their intervals, as a table, a plot, and in words."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,9 +14,11 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+TAIL = 0.025  # the most that may lie on either side of an interval
+
 
 class Speedup(NamedTuple):
-    """Above 1 is faster than the reference. `low` and `high` bound the median, at 95 %.
+    """Above 1 is faster than the reference. `low` and `high` bound the median, see `ranks`.
 
     As text, with what it tells: a gain, a loss, or nothing, where the interval holds 1.
     """
@@ -30,16 +34,40 @@ class Speedup(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}) {tells}"
 
 
+def ranks(rounds: int) -> tuple[int, int]:
+    """Of values in order of size, which two bound their median at 95 % or more; the first is 1.
+
+    The exact interval from order statistics: how many of n values lie below the median is binomial
+    with probability 1/2, whatever they are drawn from (Conover, Practical Nonparametric Statistics,
+    3rd edition, 3.2; Hahn and Meeker, Statistical Intervals, 5.2). Fewer than six values cannot
+    bound it at 95 %, and these are the first and the last: their range.
+    """
+    below = itertools.accumulate(math.comb(rounds, count) for count in range(rounds))
+    lowest = max(1, sum(ways / 2**rounds <= TAIL for ways in below))
+    return lowest, rounds + 1 - lowest
+
+
+def coverage(rounds: int) -> float:
+    """The probability that the values at `ranks` have the median between them."""
+    lowest, highest = ranks(rounds)
+    return sum(math.comb(rounds, count) for count in range(lowest, highest)) / 2**rounds
+
+
+def interval(rounds: int) -> str:
+    """What an interval of so many rounds is called: below six, its coverage is less than 95 %."""
+    if coverage(rounds) >= 1 - 2 * TAIL:
+        return "95 % interval"
+    return f"range (a {100 * coverage(rounds):.0f} % interval)"
+
+
 def speedup(reference: np.ndarray, times: np.ndarray) -> Speedup:
     """The median of the ratios `reference` / `times`, both (rounds,), paired by round.
 
-    The interval is a seeded percentile bootstrap over rounds (Efron 1979); of fewer than six rounds
-    no interval of the median reaches 95 %, and it is about their range.
+    It is bounded by the ratios at the `ranks` that bound it at 95 %.
     """
-    ratios = np.asarray(reference) / np.asarray(times)
-    picks = np.random.default_rng(0).integers(len(ratios), size=(10_000, len(ratios)))
-    low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
-    return Speedup(float(np.median(ratios)), float(low), float(high))
+    ratios = np.sort(np.asarray(reference) / np.asarray(times))
+    lowest, highest = ranks(len(ratios))
+    return Speedup(float(np.median(ratios)), float(ratios[lowest - 1]), float(ratios[highest - 1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +109,15 @@ class Result:
     conditions: str
 
     @property
+    def interval(self) -> str:
+        """What the intervals are, by the number of rounds."""
+        rounds = [len(measured.seconds) for measured in self.measured.values()]
+        return interval(min(rounds)) if rounds else "interval"
+
+    @property
     def caption(self) -> str:
         """What the table and the plot show, in one line."""
-        return f"speed-up against {self.reference}, median and 95 % interval; {self.conditions}"
+        return f"speed-up against {self.reference}, median and {self.interval}; {self.conditions}"
 
     def against(self, reference: str) -> "Result":
         """The same times against another contender; raises ValueError if it is none of them."""
@@ -96,22 +130,25 @@ class Result:
         if self.reference not in self.measured:
             return {}
         reference = self.measured[self.reference].relative
-        return {label: speedup(reference, one.relative) for label, one in self.measured.items()}
+        return {
+            label: speedup(reference, measured.relative)
+            for label, measured in self.measured.items()
+        }
 
     def difference(self, label: str) -> float:
         """The largest difference of any output from PyTorch's, the first contender of that kind.
 
         NaN where either has no result, or where they have no output in common.
         """
-        found = [c.label for c in self.contenders if c.kind == "pytorch"]
-        pytorch, own = (self.measured.get(one) for one in (found[0] if found else None, label))
-        if pytorch is None or own is None:
+        labels = [c.label for c in self.contenders if c.kind == "pytorch"]
+        pytorch = self.measured.get(labels[0]) if labels else None
+        contender = self.measured.get(label)
+        if pytorch is None or contender is None:
             return np.nan
-        pairs = [(pytorch.outputs[name], own.outputs.get(name)) for name in pytorch.outputs]
         largest = [
-            np.inf if a.shape != b.shape else np.max(np.abs(np.subtract(a, b, dtype=float)))
-            for a, b in pairs
-            if b is not None and a.size
+            gap(expected, contender.outputs[name])
+            for name, expected in pytorch.outputs.items()
+            if name in contender.outputs and expected.size
         ]
         return float(max(largest, default=np.nan))
 
@@ -123,29 +160,30 @@ class Result:
         """
         import pandas as pd
 
-        speedups, rows = self.speedups(), []
-        for contender in self.contenders:
-            one = self.measured.get(contender.label)
-            median, low, high = speedups.get(contender.label, (np.nan,) * 3)
-            difference = self.difference(contender.label)
-            ran = sum(one.operators.values()) if one and one.operators else ""
-            row = {
-                "contender": contender.label,
-                "speed-up": median,
-                "low": low,
-                "high": high,
-                "milliseconds": 1000 * np.median(one.seconds) if one else np.nan,
-                "MB on disk": self.megabytes.get(contender.label, np.nan),
-                "MB at most": one.peak / 1e6 if one else np.nan,
-                "difference": "" if np.isnan(difference) else f"{difference:.0e}",
-                "nodes": sum(self.in_file.get(contender.label, {}).values()) or "",
-                "nodes run": ran,
-            }
-            reason = self.reasons.get(contender.label, "")
-            rows.append(row | ({"reason": reason} if self.reasons else {}))
+        rows = pd.DataFrame({c.label: self.row(c.label) for c in self.contenders}.values())
         decimals = {"speed-up": 2, "low": 2, "high": 2, "milliseconds": 0}
         decimals |= {"MB on disk": 0, "MB at most": 0}
-        return pd.DataFrame(rows).set_index("contender").round(decimals)
+        return rows.set_index("contender").round(decimals)
+
+    def row(self, label: str) -> dict[str, object]:
+        """The row of the table for the contender `label`, by column, not rounded."""
+        measured = self.measured.get(label)
+        median, low, high = self.speedups().get(label, (np.nan,) * 3)
+        difference = self.difference(label)
+        operators = measured.operators if measured else None
+        row = {
+            "contender": label,
+            "speed-up": median,
+            "low": low,
+            "high": high,
+            "milliseconds": 1000 * np.median(measured.seconds) if measured else np.nan,
+            "MB on disk": self.megabytes.get(label, np.nan),
+            "MB at most": measured.peak / 1e6 if measured else np.nan,
+            "difference": "" if np.isnan(difference) else f"{difference:.0e}",
+            "nodes": sum(self.in_file.get(label, {}).values()) or "",
+            "nodes run": sum(operators.values()) if operators else "",
+        }
+        return row | ({"reason": self.reasons.get(label, "")} if self.reasons else {})
 
     def operators(self) -> "pandas.DataFrame":
         """How often each operator occurs, for each contender that runs a file: in the file, and
@@ -181,7 +219,7 @@ class Result:
             axes.annotate(f"{median:.2f}", (median, row), **place)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.8)
-        axes.set_xlabel(f"speed-up against {self.reference}\n(median of rounds, 95 % interval)")
+        axes.set_xlabel(f"speed-up against {self.reference}\n(median of rounds, {self.interval})")
         axes.spines[["top", "right"]].set_visible(False)
         return figure
 
@@ -193,9 +231,15 @@ class Result:
             if label != self.reference
         ]
         parts += [f"{label} failed" for label in self.reasons]
-        return f"Speed-up against {self.reference} (1.00), median and 95 % interval: " + (
-            "; ".join(parts) + "."
-        )
+        title = f"Speed-up against {self.reference} (1.00), median and {self.interval}"
+        return f"{title}: {'; '.join(parts)}."
+
+
+def gap(expected: np.ndarray, array: np.ndarray) -> float:
+    """The largest difference of two arrays; infinite where their shapes differ."""
+    if expected.shape != array.shape:
+        return np.inf
+    return float(np.max(np.abs(np.subtract(expected, array, dtype=float))))
 
 
 def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> "Figure":
@@ -207,16 +251,18 @@ def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> 
 
     figure = Figure(figsize=(6.5, 4.6), dpi=62, layout="constrained")
     axes = figure.subplots()
-    at, (first, *_) = list(results), results.values()
-    for contender in (one for one in first.contenders if one.label in labels):
-        speedups = [one.speedups()[contender.label] for one in results.values()]
-        middle, low, high = np.array(speedups).T
+    places, first = list(results), next(iter(results.values()))
+    for contender in first.contenders:
+        if contender.label not in labels:
+            continue
+        speedups = [result.speedups()[contender.label] for result in results.values()]
+        median, low, high = np.array(speedups).T
         look = LOOKS[contender.kind]
-        axes.fill_between(at, low, high, alpha=0.12, color=look.colour)
-        axes.plot(at, middle, f"{look.marker}-", color=look.colour, label=contender.label)
+        axes.fill_between(places, low, high, alpha=0.12, color=look.colour)
+        axes.plot(places, median, f"{look.marker}-", color=look.colour, label=contender.label)
     axes.axhline(1, color="grey", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(at, at)
+    axes.set_xticks(places, places)
     axes.set_xlabel(axis)
     axes.set_ylabel(f"speed-up against {first.reference}")
     figure.legend(loc="outside upper left", ncols=2, frameon=False)

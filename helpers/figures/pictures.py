@@ -15,6 +15,7 @@ import torch
 from onnxruntime.transformers import optimizer
 
 from helpers import explain, export, files, graph, models, view
+from helpers.quiet import quiet
 
 ASSETS = Path(__file__).parents[2] / "assets"
 NOTEBOOK = ASSETS.parent / "notebooks" / "01_wav2vec2.ipynb"
@@ -42,7 +43,7 @@ def wav2vec2(work: Path) -> dict[str, Picture]:
     exported = export.export(model, example, unfused, "torchscript")
     [reason] = explain.explain(unfused, "bart", **SIZES).reasons
     options = fusion()["OPTIONS"]
-    with export.quiet(), files.writing(fused) as draft:
+    with quiet(), files.writing(fused) as draft:
         made = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
         made.save_model_to_file(str(draft))
     site = graph.sites(exported.model)[0]

@@ -56,7 +56,7 @@ class Worker:
         line = json.dumps(what)  # raises on arguments it cannot carry, before anything is started
         with self.messages.open("wb") as messages:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "helpers.workers.worker"],
+                [sys.executable, "-m", "helpers.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,
@@ -144,7 +144,7 @@ def memory(pid: int) -> float:
     return math.nan
 
 
-def _work() -> None:
+def work() -> None:
     """What a contender's own process does, until its standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
@@ -175,7 +175,3 @@ def _work() -> None:
             answer(seconds=float(np.median(seconds)))
     except Exception as error:  # whatever a model raises is the reason why it has no times
         answer(error=f"{type(error).__name__}: {error}")
-
-
-if __name__ == "__main__":
-    _work()

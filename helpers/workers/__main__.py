@@ -1,0 +1,5 @@
+"""A contender's own process."""
+
+from helpers.workers.worker import work
+
+work()
