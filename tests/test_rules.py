@@ -21,10 +21,6 @@ from helpers import files, graph
 from helpers.export import export
 
 
-def explain(path, rules="onnxscript", **choice):
-    return explaining.explain(path, rules=rules, **choice)
-
-
 FOREIGN = ("Neg", "Sin", "Abs", "Tanh")
 
 
