@@ -90,15 +90,15 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
         choice = {name: getattr(arguments, name) for name in names}
         choice["opt_level"] = arguments.opt_level
-    found = explain.explain(model, parity=arguments.parity, **choice)
+    explanation = explain.explain(model, parity=arguments.parity, **choice)
     if arguments.what_if:
         own_level = choice.pop("opt_level")
         levels = [level for level in explain.LEVELS if level != own_level]
-        found.what_if = explain.what_if(model.path, opt_levels=levels, **choice)
+        explanation.what_if = explain.what_if(model.path, opt_levels=levels, **choice)
     if arguments.save:
-        _save_cut(arguments, found)
-    status = FAILED if found.parity and not found.parity.held else DONE
-    return status, found.to_json(), f"{arguments.model}\n{found}"
+        _save_cut(arguments, explanation)
+    status = FAILED if explanation.parity and not explanation.parity.held else DONE
+    return status, explanation.to_json(), f"{arguments.model}\n{explanation}"
 
 
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -109,11 +109,11 @@ def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
-def _save_cut(arguments: argparse.Namespace, found: Any) -> None:
+def _save_cut(arguments: argparse.Namespace, explanation: Any) -> None:
     """Write the neighbourhood of the first reason's node, as a picture or a model."""
     from helpers import graph, view
 
-    marks = found.reasons[0].marks() if found.reasons else {}
+    marks = explanation.reasons[0].marks() if explanation.reasons else {}
     if arguments.save.suffix != ".onnx":
         view.save(arguments.model, arguments.save, **marks)
         return

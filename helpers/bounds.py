@@ -41,8 +41,8 @@ def limits(models: Iterable[Path]) -> Limits:
     for path in models:
         with contextlib.suppress(OSError):  # the command says it better
             content = path.read_bytes() if path.is_file() and path.stat().st_size < READ else b""
-            near = [one for one in path.parent.iterdir() if one.is_file()]
-            size += sum(one.stat().st_size for one in near if _belongs(one, path, content))
+            beside = [file for file in path.parent.iterdir() if file.is_file()]
+            size += sum(file.stat().st_size for file in beside if _belongs(file, path, content))
             nodes += _count(content)
     seconds = SECONDS + SECONDS_EACH * size + SECONDS_NODE * nodes
     return Limits(MEMORY + MEMORY_EACH * size, seconds, CLOCK * seconds)
@@ -63,7 +63,12 @@ def _count(content: bytes) -> int:
 
 
 def _nodes(nodes: Sequence[onnx.NodeProto]) -> int:
-    inner = (g for node in nodes for one in node.attribute for g in (one.g, *one.graphs))
+    inner = (
+        g
+        for node in nodes
+        for attribute in node.attribute
+        for g in (attribute.g, *attribute.graphs)
+    )
     return len(nodes) + sum(_nodes(graph.node) for graph in inner)
 
 
@@ -129,8 +134,8 @@ def processor_seconds() -> float:
 
         for child in _children():
             with contextlib.suppress(psutil.Error):  # it has ended
-                told = child.cpu_times()
-                total += told.user + told.system + told.children_user + told.children_system
+                times = child.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
     return total
 
 

@@ -121,11 +121,11 @@ def stock(
         options = optimizer.FusionOptions(model_type)
         if raw_mask:
             options.use_raw_attention_mask()
-        made = optimizer.optimize_model(
+        optimised = optimizer.optimize_model(
             str(path), model_type, num_heads, hidden_size, options, opt_level
         )
         with files.writing(target) as draft:
-            made.save_model_to_file(str(draft))
+            optimised.save_model_to_file(str(draft))
 
     return _made(label, "stock", path, make, "_raw" if raw_mask else "")
 
@@ -214,7 +214,7 @@ def _made(
             make(target)
     except Exception as error:  # whatever a tool raises is the reason why there is no file
         folder = rf"{re.escape(str(source.parent))}[/\\](\.writing-[^/\\]+[/\\]files[/\\])?"
-        said = re.sub(folder, "", files.told(error, 10_000))
-        said = textwrap.shorten(f"{type(error).__name__}: {said}", 240, placeholder=" …")
-        return Contender(label, kind, reason=said)
+        message = re.sub(folder, "", files.told(error, 10_000))
+        message = textwrap.shorten(f"{type(error).__name__}: {message}", 240, placeholder=" …")
+        return Contender(label, kind, reason=message)
     return onnx(label, target, kind)

@@ -74,8 +74,8 @@ def export(
         save = _torchscript if route == "torchscript" else _transformers
         save(model.eval(), dict(inputs), Path(path), ROUTES[route], dynamic)
     seconds = time.perf_counter() - start
-    made = graph.load(path, weights=False)
-    return Export(Path(path), route, made, seconds, files.size(path) / 1e6)
+    exported = graph.load(path, weights=False)
+    return Export(Path(path), route, exported, seconds, files.size(path) / 1e6)
 
 
 def _torchscript(

@@ -14,18 +14,18 @@ CALLED = {"IPython": "ipython"}  # packages that are installed by another name
 
 def unlike_pinned() -> str:
     """One line on installed packages that are not of the pinned version; empty if all are."""
-    found = {}
+    installed = {}
     for name in PINNED:
         with contextlib.suppress(metadata.PackageNotFoundError):
             version = metadata.version(name)  # None where its record cannot be read
             if version and version.partition("+")[0] != PINNED[name]:  # the rest is the build's
-                found[name] = version
-    if not found:
+                installed[name] = version
+    if not installed:
         return ""
-    told = ", ".join(f"{name} {version}" for name, version in found.items())
-    wanted = ", ".join(f"{name} {PINNED[name]}" for name in found)
-    install = " ".join(f"{name}=={PINNED[name]}" for name in found)
-    return f"{told}: expected {wanted}, results may differ; to have them: pip install {install}"
+    listed = ", ".join(f"{name} {version}" for name, version in installed.items())
+    wanted = ", ".join(f"{name} {PINNED[name]}" for name in installed)
+    install = " ".join(f"{name}=={PINNED[name]}" for name in installed)
+    return f"{listed}: expected {wanted}, results may differ; to have them: pip install {install}"
 
 
 def missing(error: ModuleNotFoundError, task: object, otherwise: str = "") -> BadInput:

@@ -124,8 +124,8 @@ def profile(
     shapes = sorted({shape for row in heavy.index.get_level_values("shape") for shape in row})
     roofs = _asked("helpers.profiling:bare", {"shapes": shapes}, {}, threads, path)
     best = dict(zip(shapes, roofs, strict=True))
-    flops = [sum(one.flops for one in row) * n for (_, row), n in heavy.nodes.items()]
-    at_best = [sum(best[one] for one in row) * n for (_, row), n in heavy.nodes.items()]
+    flops = [sum(product.flops for product in row) * n for (_, row), n in heavy.nodes.items()]
+    at_best = [sum(best[product] for product in row) * n for (_, row), n in heavy.nodes.items()]
     heavy["GFLOP/s"] = np.divide(flops, 1e6) / heavy.milliseconds
     heavy["roof"] = np.divide(flops, 1e9) / at_best
     heavy["of roof"] = heavy["GFLOP/s"] / heavy.roof
@@ -154,7 +154,10 @@ def products(event: Mapping, num_heads: int) -> tuple[Product, ...]:
     """
     operator = event["args"]["op_name"]
     reads, writes = (
-        [next(iter(one.values()), []) for one in event["args"][f"{side}_type_shape"]]
+        [
+            next(iter(shapes_by_type.values()), [])
+            for shapes_by_type in event["args"][f"{side}_type_shape"]
+        ]
         for side in ("input", "output")
     )
     first, second, out = ([*reads, [], []][0], [*reads, [], []][1], [*writes, []][0])
@@ -195,8 +198,8 @@ def recorded(path: str, runs: int) -> runtimes.Model:
     def record(arrays: runtimes.Arrays) -> runtimes.Arrays:
         for _ in range(2 + runs):
             model(arrays)
-        found = [event for event in events() if event["run"] >= 2]
-        return {"answer": np.array(json.dumps(found))}
+        recorded_events = [event for event in events() if event["run"] >= 2]
+        return {"answer": np.array(json.dumps(recorded_events))}
 
     return record
 
@@ -276,7 +279,9 @@ def plot(profiles: Mapping[str, Profile], *, top: int = 8) -> "Figure":
     import pandas as pd
     from matplotlib.figure import Figure
 
-    times = pd.DataFrame({label: one.operators.milliseconds for label, one in profiles.items()})
+    times = pd.DataFrame(
+        {label: profiled.operators.milliseconds for label, profiled in profiles.items()}
+    )
     times = times.fillna(0)
     times = times.loc[times.sum(axis=1).sort_values(ascending=False).index]
     rest = times.iloc[top:].sum()

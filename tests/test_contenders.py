@@ -1,7 +1,10 @@
 """What is ready to take part in a benchmark: each runs, and gives what the graph before it gave."""
 
+import logging
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +24,8 @@ def measured(*those, arrays):
     return benchmark.run(those, {"here": arrays}, rounds=1, threads=1, progress=False)["here"]
 
 
-@pytest.fixture
-def exported(tmp_path):
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory):
     """wav2vec2 with two layers of 32, by the exporter of transformers, and inputs for it."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
@@ -39,13 +42,21 @@ def exported(tmp_path):
     model = Wav2Vec2ForCTC(config).eval()
     models.randomise(model)
     arrays = {"input_values": models.speech(seconds=1, batch=2)}
-    path = tmp_path / "small.onnx"
+    path = tmp_path_factory.mktemp("exported") / "small.onnx"
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     export.export(model, inputs, path, "dynamo")
     return model, inputs, path
 
 
-def test_made_graphs_run_and_agree(exported, capsys):
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """The same, and a copy of the file."""
+    model, inputs, path = exported_once
+    return model, inputs, Path(shutil.copy(path, tmp_path))
+
+
+def test_made_graphs_run_and_agree(exported, caplog):
+    caplog.set_level(logging.INFO, "helpers")
     model, inputs, path = exported
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     made = [contenders.onnxscript("onnxscript", path), contenders.transformers("theirs", path)]
@@ -62,9 +73,8 @@ def test_made_graphs_run_and_agree(exported, capsys):
     assert operators["onnxscript", "file"]["MultiHeadAttention"] == 2
     assert operators["int8", "file"]["MatMulInteger"] > 0
     assert operators["int8", "run"]["DynamicQuantizeMatMul"] > 0
-    said = capsys.readouterr().out
-    assert "making small_onnxscript.onnx …" in said
-    assert str(path.parent) not in said
+    assert "making small_onnxscript.onnx …" in caplog.messages
+    assert str(path.parent) not in caplog.text
 
 
 def test_transformers_gives_what_its_exporter_gives(exported):

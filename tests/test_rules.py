@@ -20,7 +20,6 @@ from helpers import explain as explaining
 from helpers import files, graph
 from helpers.export import export
 
-
 FOREIGN = ("Neg", "Sin", "Abs", "Tanh")
 
 

@@ -1,6 +1,7 @@
 """The command for speed, on a tiny model: who takes part, the table, and the summary."""
 
 import dataclasses
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -33,6 +34,27 @@ def tiny(monkeypatch):
     bert = dataclasses.replace(speed_models.MODELS["bert"], **small)
     monkeypatch.setitem(speed_models.MODELS, "bert", bert)
     return bert
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory):
+    """In place of `lineup.export_all`: the exports are made once, and each test has copies."""
+    first, kept = tmp_path_factory.mktemp("exports"), []
+    export_all = lineup.export_all
+
+    def copied(module, tensors, folder):
+        if not kept:
+            kept.append(export_all(module, tensors, first))
+        paths, failed = kept[0]
+        assert not failed
+        return {key: Path(shutil.copy(path, folder)) for key, path in paths.items()}, {}
+
+    return copied
+
+
+@pytest.fixture
+def exports(monkeypatch, export_once):
+    monkeypatch.setattr(lineup, "export_all", export_once)
 
 
 def stand_in(scale: float = 1.0) -> types.ModuleType:
@@ -71,7 +93,8 @@ def row(model="bert", length=128, batch=1, contender="ours (dynamo, SDPA)", rati
     return cell | {"contender": contender, "kind": kind, "ratio": ratio} | spread | more
 
 
-def test_the_whole_command(tiny, use, tmp_path, capsys):
+@pytest.mark.usefixtures("tiny", "exports")
+def test_the_whole_command(use, tmp_path, capsys):
     use(stand_in())
     path = tmp_path / "speed.csv"
     some = ["--models", "bert", "--rounds", "1", "--batches", "2", "--lengths", "16"]
@@ -93,7 +116,8 @@ def test_the_whole_command(tiny, use, tmp_path, capsys):
     assert b"dc:date" not in first
 
 
-def test_who_is_wrong_takes_no_part(tiny, use, tmp_path):
+@pytest.mark.usefixtures("tiny", "exports")
+def test_who_is_wrong_takes_no_part(use, tmp_path):
     use(stand_in(scale=1.01))
     those = lineup.prepare(speed_models.MODELS["bert"], [16], tmp_path, ["dynamo"])
     reasons = {one.label: one.reason for one in those if one.reason}

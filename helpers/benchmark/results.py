@@ -140,7 +140,7 @@ class Result:
 
         NaN where either has no result, or where they have no output in common.
         """
-        labels = [c.label for c in self.contenders if c.kind == "pytorch"]
+        labels = [contender.label for contender in self.contenders if contender.kind == "pytorch"]
         pytorch = self.measured.get(labels[0]) if labels else None
         contender = self.measured.get(label)
         if pytorch is None or contender is None:
@@ -160,7 +160,9 @@ class Result:
         """
         import pandas as pd
 
-        rows = pd.DataFrame({c.label: self.row(c.label) for c in self.contenders}.values())
+        rows = pd.DataFrame(
+            {contender.label: self.row(contender.label) for contender in self.contenders}.values()
+        )
         decimals = {"speed-up": 2, "low": 2, "high": 2, "milliseconds": 0}
         decimals |= {"MB on disk": 0, "MB at most": 0}
         return rows.set_index("contender").round(decimals)

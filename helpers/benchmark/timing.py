@@ -83,8 +83,14 @@ def run(
     _check_numbers(by_case, width, seconds, repeats, threads, at_once)
     pairs = compared or [(label, labels[0]) for label in labels[1:]]
     rules = {case: Rule(*_limits(by_case[case]), width, seconds, pairs) for case in cases}
-    table = _Table(labels, {c.label: c.reason for c in contenders if c.reason}, list(cases))
-    groups = _groups([c for c in contenders if not c.reason], labels[0], at_once)
+    table = _Table(
+        labels,
+        {contender.label: contender.reason for contender in contenders if contender.reason},
+        list(cases),
+    )
+    groups = _groups(
+        [contender for contender in contenders if not contender.reason], labels[0], at_once
+    )
     gc.collect()
     files.give_back()
     for number, together in enumerate(groups):
@@ -284,7 +290,11 @@ class _Table:
     ) -> dict[str, Result]:
         """By case, with what is in the file of each contender that finished any."""
         finished = {label for measured in self.measured.values() for label in measured}
-        paths = {c.label: c.path for c in contenders if c.path and c.label in finished}
+        paths = {
+            contender.label: contender.path
+            for contender in contenders
+            if contender.path and contender.label in finished
+        }
         models = {label: graph.load(path, weights=False) for label, path in paths.items()}
         counts = {label: graph.counts(model, domains=False) for label, model in models.items()}
         megabytes = {label: files.size(path) / 1e6 for label, path in paths.items()}

@@ -59,8 +59,12 @@ class Function:
     def at(self, line: int) -> ast.stmt:
         """The innermost statement that holds `line`."""
         return min(
-            (one for one in self.statements if one.lineno <= line <= one.end_lineno),
-            key=lambda one: (one.end_lineno - one.lineno, -one.col_offset),
+            (
+                statement
+                for statement in self.statements
+                if statement.lineno <= line <= statement.end_lineno
+            ),
+            key=lambda statement: (statement.end_lineno - statement.lineno, -statement.col_offset),
         )
 
     def around(self, node: ast.AST) -> Iterator[tuple[ast.If, bool]]:
@@ -76,8 +80,12 @@ class Function:
         def assigned(statement: ast.stmt) -> set[str]:
             return {read for target in assigned_to(statement) for read in variables_in(target)}
 
-        found = [one for one in self.statements if one.lineno <= line and name in assigned(one)]
-        return sorted(found, key=lambda one: -one.lineno)
+        statements = [
+            statement
+            for statement in self.statements
+            if statement.lineno <= line and name in assigned(statement)
+        ]
+        return sorted(statements, key=lambda statement: -statement.lineno)
 
 
 @functools.cache
@@ -88,13 +96,13 @@ def function_of(code: CodeType) -> Function | None:
 
 def variables_in(node: ast.AST) -> list[str]:
     """The variables that `node` reads, those of `self` as "self.NAME"."""
-    found = []
-    for one in ast.walk(node):
-        if isinstance(one, ast.Attribute) and getattr(one.value, "id", "") == "self":
-            found.append(f"self.{one.attr}")
-        elif isinstance(one, ast.Name) and one.id != "self":
-            found.append(one.id)
-    return found
+    variables = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and getattr(part.value, "id", "") == "self":
+            variables.append(f"self.{part.attr}")
+        elif isinstance(part, ast.Name) and part.id != "self":
+            variables.append(part.id)
+    return variables
 
 
 def assigned_to(statement: ast.stmt) -> list[ast.expr]:
@@ -109,8 +117,8 @@ def assigned_to(statement: ast.stmt) -> list[ast.expr]:
 
 
 def functions_called(node: ast.AST) -> set[str]:
-    functions = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
-    return {getattr(one, "attr", getattr(one, "id", "")) for one in functions}
+    functions = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+    return {getattr(function, "attr", getattr(function, "id", "")) for function in functions}
 
 
 def assigned_from(statement: ast.stmt) -> list[ast.expr]:

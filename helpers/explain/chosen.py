@@ -33,8 +33,8 @@ def registered(
     types = optimizer.MODEL_TYPES
     if fusion is None:
         if model_type not in types:
-            known = ", ".join(sorted(types))
-            raise files.BadInput(f"model type {model_type}: expected one of {known}")
+            listed = ", ".join(sorted(types))
+            raise files.BadInput(f"model type {model_type}: expected one of {listed}")
         yield model_type, types[model_type][0], ()
         return
     class_ = loaded(fusion) if isinstance(fusion, str) else fusion
@@ -159,7 +159,7 @@ def loaded(named: str) -> Any:
     finally:
         sys.path.remove(str(path.resolve().parent))
     if not hasattr(module, name):
-        own = [key for key, one in vars(module).items() if inspect.isclass(one)]
+        own = [key for key, member in vars(module).items() if inspect.isclass(member)]
         raise files.BadInput(
             f"{path}: expected a class {name}, found {', '.join(own) or 'none'}; name one of them"
         )

@@ -23,7 +23,7 @@ class Nearest(NamedTuple):
     aside: bool = False
 
 
-def nearest(attempt: Attempt, made: dict[str, onnx.NodeProto]) -> Nearest | None:
+def nearest(attempt: Attempt, producers: dict[str, onnx.NodeProto]) -> Nearest | None:
     """The path that the graph has from the attempt's start to an operator of the kind wanted last;
     None where none is near. `made` has the nodes by output.
 
@@ -33,31 +33,33 @@ def nearest(attempt: Attempt, made: dict[str, onnx.NodeProto]) -> Nearest | None
     """
     if attempt.down:
         return None
-    through = _nearest(attempt, made, len(attempt.matched))
+    through = _nearest(attempt, producers, len(attempt.matched))
     if None in attempt.inputs[: len(attempt.matched)]:
-        other = _nearest(attempt, made, 0)
+        other = _nearest(attempt, producers, 0)
         if other and (through is None or other.cost + 0.5 < through.cost):
             return other._replace(aside=True)
     return through
 
 
-def _nearest(attempt: Attempt, made: dict[str, onnx.NodeProto], matched: int) -> Nearest | None:
+def _nearest(
+    attempt: Attempt, producers: dict[str, onnx.NodeProto], matched: int
+) -> Nearest | None:
     wanted = attempt.expected
-    fixed = [one.output for one in attempt.matched]
+    fixed = [matched_node.output for matched_node in attempt.matched]
     queue: list[tuple[float, int, int, str, tuple]] = [(0, 0, 0, attempt.start.output, ())]
     seen, tie = set(), 0
     while queue and tie < STEPS:
         cost, _, reached, output, path = heapq.heappop(queue)
         if reached == len(wanted) and path and path[-1][0] == wanted[-1]:
-            return Nearest(cost, [one for one, _ in path], [index for _, index in path])
+            return Nearest(cost, [operator for operator, _ in path], [index for _, index in path])
         if (output, reached) in seen or cost > len(wanted) + 3:
             continue
         seen.add((output, reached))
         if matched <= reached < len(wanted) - 1:  # the graph does without this operator
             tie += 1
             heapq.heappush(queue, (cost + 1, tie, reached + 1, output, path))
-        for index, name in enumerate(made[output].input if output in made else ()):
-            above = made.get(name)
+        for index, name in enumerate(producers[output].input if output in producers else ()):
+            above = producers.get(name)
             if above is None or (reached < matched and fixed[reached] not in above.output):
                 continue
             same = reached < len(wanted) and above.op_type == wanted[reached]
@@ -78,17 +80,17 @@ def rank(attempt: Attempt, near: Nearest | None) -> tuple[float, int]:
     return (near.cost if near else len(attempt.expected) + 4, -len(attempt.matched))
 
 
-def cause(attempt: Attempt, near: Nearest | None, made: dict[str, onnx.NodeProto]) -> str:
+def cause(attempt: Attempt, near: Nearest | None, producers: dict[str, onnx.NodeProto]) -> str:
     """The cause class (`reasons.CAUSES`) of a path that broke."""
     wanted = attempt.expected[len(attempt.matched)]
     index = attempt.inputs[len(attempt.matched)]
     if attempt.down:
         return "used_elsewhere" if len(attempt.found) > 1 else "extra_node"
-    at = made.get(attempt.at.output)
-    others = [made[name] for name in (at.input if at is not None else ()) if name in made]
+    at = producers.get(attempt.at.output)
+    others = [producers[name] for name in (at.input if at is not None else ()) if name in producers]
     if near and near.aside:
         return "operand_order"
-    if index is not None and any(one.op_type == wanted for one in others):
+    if index is not None and any(other.op_type == wanted for other in others):
         return "operand_order"
     if near is None or near.cost >= 3:
         return "unsupported_form"
@@ -103,17 +105,24 @@ def unvisited(attempt: Attempt, attempts: Iterable[Attempt]) -> list[Node]:
     """Of the nodes found where `attempt` broke, those that no successful attempt visited."""
     if len(attempt.found) < 2:
         return attempt.found
-    visited = {one.output for a in attempts if not a.broke for one in (a.start, *a.matched)}
-    left = [one for one in attempt.found if one.output not in visited]
+    visited = {
+        node.output
+        for attempt in attempts
+        if not attempt.broke
+        for node in (attempt.start, *attempt.matched)
+    }
+    left = [node for node in attempt.found if node.output not in visited]
     return (left or attempt.found)[:2]
 
 
-def related(tensors: list[str], made: dict[str, onnx.NodeProto], *, steps: int = 3) -> bool:
+def related(tensors: list[str], producers: dict[str, onnx.NodeProto], *, steps: int = 3) -> bool:
     """Whether one of `tensors` is made from another by at most so many nodes."""
     for tensor in tensors:
         level = [tensor]
         for _ in range(steps):
-            level = [name for one in level if one in made for name in made[one].input]
+            level = [
+                name for tensor in level if tensor in producers for name in producers[tensor].input
+            ]
             if any(other in level for other in tensors if other != tensor):
                 return True
     return False

@@ -61,11 +61,11 @@ def applied(
     with chosen.registered(model_type, fusion) as (key, class_, also):
         watch = FusionWatch([class_], names, tensors, _conclude, also)
         choice = (num_heads, hidden_size, options, opt_level)
-        made = _optimised(path, key, watch, save, draft, *choice)
+        optimised = _optimised(path, key, watch, save, draft, *choice)
         sites = graph.sites(model)
-        if isinstance(made, Reason):
-            return stopped(class_.__name__, sites, made, model)
-        return places.outcome(class_.__name__, model, sites, made, watch, in_functions)
+        if isinstance(optimised, Reason):
+            return stopped(class_.__name__, sites, optimised, model)
+        return places.outcome(class_.__name__, model, sites, optimised, watch, in_functions)
 
 
 def _optimised(
@@ -86,24 +86,24 @@ def _optimised(
         reading = chosen.without_large_weights if light else chosen.following_links
         try:
             with watch, reading():
-                made = optimizer.optimize_model(str(path), name, *choice)
+                optimised = optimizer.optimize_model(str(path), name, *choice)
         except ModuleNotFoundError as error:  # of a package that it needs, PyTorch
             light = ", or take --opt-level 0 and no --what-if" if error.name == "torch" else ""
             raise packages.missing(error, path, light) from None
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
-            made = _raised(watch, error)
+            optimised = _raised(watch, error)
         finally:
             ort.set_default_logger_severity(2)  # the default; it cannot be read
-        if isinstance(made, Reason):
+        if isinstance(optimised, Reason):
             gc.collect()  # it leaves a temporary folder behind, with a warning
-            return made
-        weights = sum(len(one.raw_data) for one in made.model.graph.initializer)
+            return optimised
+        weights = sum(len(tensor.raw_data) for tensor in optimised.model.graph.initializer)
         if save:
             with files.writing(save) as checked:
-                made.save_model_to_file(str(checked), weights > files.ONE_FILE)
+                optimised.save_model_to_file(str(checked), weights > files.ONE_FILE)
         if draft:
-            made.save_model_to_file(str(draft), weights > files.ONE_FILE)
-        return graph.without_weights(made.model)
+            optimised.save_model_to_file(str(draft), weights > files.ONE_FILE)
+        return graph.without_weights(optimised.model)
 
 
 # ── Why a call of `fuse` gave up ────────────────────────────────────────────────────────────────
@@ -124,13 +124,17 @@ def _conclude(watch: FusionWatch, call: Call) -> Reason:
         anchor=call.anchor,
         none=gave.none,
     )
-    near = {}
+    nearest_paths = {}
     if gave.broken:
-        near = {id(one): nearest.nearest(one, call.made) for one in gave.broken}
-        ranked = sorted(gave.broken, key=lambda one: nearest.rank(one, near[id(one)]))
+        nearest_paths = {
+            id(attempt): nearest.nearest(attempt, call.made) for attempt in gave.broken
+        }
+        ranked = sorted(
+            gave.broken, key=lambda attempt: nearest.rank(attempt, nearest_paths[id(attempt)])
+        )
         reason.attempt = ranked[0]
-        reason.actual = nearest.path(near[id(ranked[0])])
-        reason.cause = nearest.cause(ranked[0], near[id(ranked[0])], call.made)
+        reason.actual = nearest.path(nearest_paths[id(ranked[0])])
+        reason.cause = nearest.cause(ranked[0], nearest_paths[id(ranked[0])], call.made)
         reason.attempt.found = nearest.unvisited(reason.attempt, call.attempts)
     else:
         ranked = []
@@ -146,13 +150,17 @@ def _conclude(watch: FusionWatch, call: Call) -> Reason:
     if more:
         reason.check = reason.check or Check(gave.test or gave.source, {})
         reason.check.operands |= more
-    found = {one.operator for one in reason.attempt.found} if reason.attempt else set()
-    if watch.stopped and found & {"Cast", "Reshape"} and _only(near[id(reason.attempt)]):
+    operators = {node.operator for node in reason.attempt.found} if reason.attempt else set()
+    if (
+        watch.stopped
+        and operators & {"Cast", "Reshape"}
+        and _only(nearest_paths[id(reason.attempt)])
+    ):
         reason.cause = "shape_inference"  # which removes those that do nothing
     if reason.check and "num_heads" in reason.check.source:
         reason.message = "give the number of heads and the hidden size, if you have not"
-    rest = [one for one in call.attempts if one.broke and one not in ranked]
-    reason.attempts = [*ranked, *sorted(rest, key=lambda one: -len(one.matched))]
+    rest = [attempt for attempt in call.attempts if attempt.broke and attempt not in ranked]
+    reason.attempts = [*ranked, *sorted(rest, key=lambda attempt: -len(attempt.matched))]
     return reason
 
 
@@ -170,19 +178,21 @@ _CONSTANTS = {
 _CONSUMERS = {"get_children", "is_safe_to_fuse_nodes", "find_graph_output"}
 
 
-def _check_cause(gave: slicing.GaveUp, made: dict[str, onnx.NodeProto]) -> str:
+def _check_cause(gave: slicing.GaveUp, producers: dict[str, onnx.NodeProto]) -> str:
     """The class of a check that said no, by what it asked for and about what."""
-    tensors = [one for one in gave.values if isinstance(one, str)]
-    lists = [one for one in gave.values if isinstance(one, list)]
+    tensors = [value for value in gave.values if isinstance(value, str)]
+    lists = [value for value in gave.values if isinstance(value, list)]
     if gave.calls & _SHAPES or "shape_infer" in gave.test:
-        known = [one for one in lists if one and not isinstance(one[0], onnx.NodeProto)]
-        return "symbolic_dimension" if len(known) > 1 else "shape_inference"
+        shapes = [
+            values for values in lists if values and not isinstance(values[0], onnx.NodeProto)
+        ]
+        return "symbolic_dimension" if len(shapes) > 1 else "shape_inference"
     if gave.calls & _CONSTANTS:
         return "constant"
     if gave.calls & _CONSUMERS or any(name.startswith("children") for name in gave.operands):
         return "used_elsewhere"
     if len(set(tensors)) > 1:
-        return "extra_node" if nearest.related(tensors, made) else "unsupported_form"
+        return "extra_node" if nearest.related(tensors, producers) else "unsupported_form"
     if "op_type" in gave.test:
         return "other_operator"
     return "other_check"
@@ -202,14 +212,14 @@ def _raised(watch: FusionWatch, error: Exception) -> Reason:
 def _dangling(watch: FusionWatch) -> dict[str, str]:
     """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
     proto = watch.unfinished.model.graph
-    made = {name for node in proto.node for name in node.output}
-    made |= {one.name for one in (*proto.input, *proto.initializer)} | {""}
-    found = {}
+    computed = {name for node in proto.node for name in node.output}
+    computed |= {value.name for value in (*proto.input, *proto.initializer)} | {""}
+    dangling = {}
     for node in proto.node:
         for name in node.input:
-            if name not in made and len(found) < 8:
-                found[f"{name}, no longer computed, is read by"] = watch.node(node).name
-    return found
+            if name not in computed and len(dangling) < 8:
+                dangling[f"{name}, no longer computed, is read by"] = watch.node(node).name
+    return dangling
 
 
 # ── Where it is in the file ─────────────────────────────────────────────────────────────────────
@@ -219,9 +229,9 @@ def locate(reason: Reason, model: ir.Model) -> None:
     """Add where the node that is there came from in PyTorch, and its shape."""
     attempt = reason.attempt
     named = [*(attempt.found if attempt else ()), attempt.at if attempt else reason.anchor]
-    for one in filter(None, named):
+    for node_named in filter(None, named):
         with contextlib.suppress(KeyError):
-            node = graph.find(model, one.name)
+            node = graph.find(model, node_named.name)
             reason.origin = reason.origin or graph.origin(node)
             value = node.outputs[0]
             if reason.shape is None and value.shape is not None:

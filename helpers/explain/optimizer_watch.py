@@ -45,12 +45,12 @@ class Call:
 
     @property
     def attempts(self) -> list[Attempt]:
-        found, steps = [], [self.step]
+        attempts, steps = [], [self.step]
         while steps:
             step = steps.pop()
-            found += [attempt for _, attempt in step.attempts]
+            attempts += [attempt for _, attempt in step.attempts]
             steps += step.inner
-        return found
+        return attempts
 
 
 class FusionWatch:
@@ -78,7 +78,7 @@ class FusionWatch:
         self.stopped: list[onnx.NodeProto] = []
         self.replaced: dict[str, list[onnx.NodeProto]] = {}  # by output of what a fusion made
         self._names, self._tensors, self._conclude, self.also = names, tensors, conclude, also
-        mro = [one for base in (*bases, *also) for one in base.__mro__]
+        mro = [class_ for base in (*bases, *also) for class_ in base.__mro__]
         mro += [
             sys.modules[module].__dict__[name]
             for prefix in ("", "onnxruntime.transformers.")
@@ -88,14 +88,14 @@ class FusionWatch:
             )
             if module in sys.modules
         ]
-        own = {one: vars(one) for one in mro}
+        own = {class_: vars(class_) for class_ in mro}
         self._path = _codes("match_parent_path", own.values())
         self._step = _codes("match_parent", own.values())
         self._down = _codes("match_child_path", own.values())
         self._patched = [
-            (one, name, patch)
+            (class_, name, patch)
             for name, patch in (("apply", self._traced), ("infer_runtime_shape", self._inferring))
-            for one, v in own.items()
+            for class_, v in own.items()
             if name in v
         ]
         self._files: set[str] = set()  # of the code whose calls are recorded within `fuse`
@@ -105,7 +105,7 @@ class FusionWatch:
         self._attempt: Attempt | None = None  # the path that is being matched
 
     def __enter__(self) -> FusionWatch:
-        self._before = [(one, name, getattr(one, name)) for one, name, _ in self._patched]
+        self._before = [(class_, name, getattr(class_, name)) for class_, name, _ in self._patched]
         for owner, name, patch in self._patched:
             setattr(owner, name, patch(getattr(owner, name)))
         return self
@@ -117,11 +117,11 @@ class FusionWatch:
     def _inferring(self, infer: Callable) -> Callable:
         @functools.wraps(infer)
         def inferring(model: Any, *args: Any, **kwargs: Any) -> Any:
-            wanted, known = model.enable_shape_infer, infer(model, *args, **kwargs)
-            if wanted and known is None and not self.stopped:
+            wanted, inferred = model.enable_shape_infer, infer(model, *args, **kwargs)
+            if wanted and inferred is None and not self.stopped:
                 raised = not model.enable_shape_infer  # which it then turns off
                 self.stopped = _incomplete(model.shape_infer_helper, raised)
-            return known
+            return inferred
 
         return inferring
 
@@ -155,7 +155,9 @@ class FusionWatch:
         """`proto` under the name that the file has for it."""
         name = proto.name
         if not name or name not in self._names:
-            name = next((one for one in proto.output if one in self._tensors), proto.output[0])
+            name = next(
+                (tensor for tensor in proto.output if tensor in self._tensors), proto.output[0]
+            )
         return Node(proto.op_type, name, proto.output[0])
 
     # ── The trace ───────────────────────────────────────────────────────────────────────────────
@@ -192,8 +194,8 @@ class FusionWatch:
             return None
         self._files = {frame.f_code.co_filename}
         step = Step(frame.f_code, 0, names=frame.f_globals)
-        made = next((v for v in local.values() if _by_output(v, proto)), {})
-        self._call = Call(fusion, self.node(proto), step, made)
+        producers = next((v for v in local.values() if _by_output(v, proto)), {})
+        self._call = Call(fusion, self.node(proto), step, producers)
         self.calls.append(self._call)
         before = len(fusion.nodes_to_add), len(fusion.nodes_to_remove)
         self._open = [(frame, step)]
@@ -202,8 +204,8 @@ class FusionWatch:
             self._inner_returned(frame, value)
             call, self._call, self._attempt = self._call, None, None
             call.done = before != (len(fusion.nodes_to_add), len(fusion.nodes_to_remove))
-            for made in fusion.nodes_to_add[before[0] :]:
-                self.replaced[made.output[0]] = fusion.nodes_to_remove[before[1] :]
+            for added in fusion.nodes_to_add[before[0] :]:
+                self.replaced[added.output[0]] = fusion.nodes_to_remove[before[1] :]
             if not call.done:
                 try:
                     call.reason = self._conclude(self, call)
@@ -245,11 +247,11 @@ class FusionWatch:
             return
         local = frame.f_locals
         node, index = local["node"], local["input_index"]
-        made = local["output_name_to_node"] or local["self"].output_name_to_node()
+        producers = local["output_name_to_node"] or local["self"].output_name_to_node()
         if not self._call.made:
-            self._call.made = made
+            self._call.made = producers
         names = node.input if index is None else node.input[index : index + 1]
-        attempt.found = [self.node(made[name]) for name in names if name in made]
+        attempt.found = [self.node(producers[name]) for name in names if name in producers]
 
     def _down_called(self, frame: FrameType) -> Callable:
         local = frame.f_locals
@@ -260,9 +262,9 @@ class FusionWatch:
 
         def returned(frame: FrameType, value: Any) -> None:
             local = frame.f_locals
-            attempt.matched = [self.node(one) for one in local.get("matched_children", ())]
+            attempt.matched = [self.node(proto) for proto in local.get("matched_children", ())]
             if value is None:
-                attempt.found = [self.node(one) for one in local.get("children_nodes", ())][:2]
+                attempt.found = [self.node(proto) for proto in local.get("children_nodes", ())][:2]
 
         return self._watching(frame, returned)
 
@@ -295,17 +297,21 @@ def _incomplete(inference: Any, raised: bool) -> list[onnx.NodeProto]:
             last = [*last, proto] if raised else last
             break
         last = [proto]
-    made = {name: node for node in nodes for name in node.output}
+    producers = {name: node for node in nodes for name in node.output}
     values, lost = getattr(inference, "sympy_data_", {}), []
     queue, seen = [name for node in last for name in node.input], set()
     while queue:
         name = queue.pop()
         of_integers = name in known and known[name].type.tensor_type.elem_type in _INTEGERS
-        if name in seen or name in values or name not in made or not of_integers:
+        if name in seen or name in values or name not in producers or not of_integers:
             continue
         seen.add(name)
-        missing = [one for one in made[name].input if one in made and one not in values]
-        lost += [] if missing else [made[name]]
+        missing = [
+            tensor
+            for tensor in producers[name].input
+            if tensor in producers and tensor not in values
+        ]
+        lost += [] if missing else [producers[name]]
         queue += missing
     return [*lost, *last]
 
@@ -320,7 +326,7 @@ def _unread(call: Call, error: Exception) -> Reason:
 
 
 def _codes(name: str, classes: Iterable[Mapping[str, Any]]) -> set[CodeType]:
-    return {one[name].__code__ for one in classes if hasattr(one.get(name), "__code__")}
+    return {class_[name].__code__ for class_ in classes if hasattr(class_.get(name), "__code__")}
 
 
 def _by_output(value: Any, proto: onnx.NodeProto) -> bool:

@@ -20,41 +20,43 @@ def outcome(
     name: str,
     model: ir.Model,
     sites: list[graph.Site],
-    made: onnx.ModelProto,
+    optimised: onnx.ModelProto,
     watch: FusionWatch,
     in_functions: bool,
 ) -> Outcome:
     """What became of `sites`, of `model`, in the graph `made` by the optimizer `name`."""
     places = _Places(watch, sites)
-    fused, still = _became(model, sites, made)
+    fused, still = _became(model, sites, optimised)
 
     def reason_of(number: int) -> Reason:
         if number not in still:
-            return _taken_away(made)
+            return _taken_away(optimised)
         return places.reason(sites[number], in_functions)
 
     return Outcome(name, sites, fused, reason_of, model)
 
 
 def _became(
-    model: ir.Model, sites: list[graph.Site], made: onnx.ModelProto
+    model: ir.Model, sites: list[graph.Site], optimised: onnx.ModelProto
 ) -> tuple[set[int], set[int]]:
     """Which of `sites` are one operator in the graph `made`, and which are still there unfused."""
     with quiet():  # onnx_ir warns of outputs that no node computes
-        found = graph.sites(graph.inline(ir.from_proto(made)))
-    left = {site.node.outputs[0].name for site in found if not site.fused}
+        sites_after = graph.sites(graph.inline(ir.from_proto(optimised)))
+    left = {site.node.outputs[0].name for site in sites_after if not site.fused}
     still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
     fused = set(range(len(sites))) - still
-    if sum(site.fused for site in found) < len(fused):  # some are neither
-        stand_for = {one for piece in wrong_sites.pieces(model, made, sites) for one in piece.sites}
+    if sum(site.fused for site in sites_after) < len(fused):  # some are neither
+        stand_for = {
+            site for piece in wrong_sites.pieces(model, optimised, sites) for site in piece.sites
+        }
         fused = {i for i in fused if i in stand_for or sites[i].fused}
     return fused, still
 
 
-def _taken_away(made: onnx.ModelProto) -> Reason:
+def _taken_away(optimised: onnx.ModelProto) -> Reason:
     """The reason of a site that the optimizer took away without putting anything in its place."""
-    computed = {name for node in made.graph.node for name in node.output}
-    outputs = [one.name for one in made.graph.output if one.name not in computed]
+    computed = {name for node in optimised.graph.node for name in node.output}
+    outputs = [output.name for output in optimised.graph.output if output.name not in computed]
     message = "the optimizer took it out of the graph, and put no attention in its place"
     check = Check("the optimised graph", {"outputs that no node computes": ", ".join(outputs)})
     return Reason(None, "check", "other_check", check=check, message=message)
@@ -66,14 +68,16 @@ class _Places:
     def __init__(self, watch: FusionWatch, sites: list[graph.Site]) -> None:
         self.watch = watch
         self.fusions = ", ".join(watch.anchors)
-        self.anchors = {one for found in watch.anchors.values() for one in found}
+        self.anchors = {operator for operators in watch.anchors.values() for operator in operators}
         makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
         self.calls: dict[str, list[Call]] = {}
         for call in watch.calls:
             early = call.fusion.fused_op_type in makes and _near(call)
             if not call.done and (watch.attends(call.fusion) or early):
                 self.calls.setdefault(call.anchor.output, []).append(call)
-        self.products = {node for s in sites for node in (s.node, s.scores, s.context) if node}
+        self.products = {
+            node for site in sites for node in (site.node, site.scores, site.context) if node
+        }
 
     def reason(self, site: graph.Site, in_functions: bool) -> Reason:
         own = {node for node in (site.node, site.scores, site.context) if node}
@@ -99,9 +103,12 @@ class _Places:
             message = f"{starts} site"
         if in_functions:
             message += " (the optimizer does not look into the functions of a model)"
-        after = ", ".join(f"{one.op_type} {graph.name(one)}" for one in self._after(site))
+        after = ", ".join(f"{node.op_type} {graph.name(node)}" for node in self._after(site))
         operands = {
-            **{f"{name}.search_op_types": str(found) for name, found in self.watch.anchors.items()},
+            **{
+                f"{name}.search_op_types": str(operators)
+                for name, operators in self.watch.anchors.items()
+            },
             "after the site": after,
         }
         return Reason(
@@ -114,22 +121,31 @@ class _Places:
 
     def _after(self, site: graph.Site, number: int = 10) -> list[ir.Node]:
         """The first nodes after the product with the values, without those that make shapes."""
-        queue, found = deque([site.context or site.node]), []
-        while queue and len(found) < number:
+        queue, nodes = deque([site.context or site.node]), []
+        while queue and len(nodes) < number:
             users = [user for value in queue.popleft().outputs for user in value.consumers()]
-            new = [one for one in users if one not in found and one.op_type != "Shape"]
-            found += new
+            new = [user for user in users if user not in nodes and user.op_type != "Shape"]
+            nodes += new
             queue.extend(new)
-        return found[:number]
+        return nodes[:number]
 
     def _touching(self, names: set[str]) -> Call | None:
         """The call that came upon the site's own nodes and got furthest."""
 
         def touches(call: Call) -> bool:
-            reached = (one.output for a in call.attempts for one in (a.start, *a.matched))
+            reached = (
+                node.output
+                for attempt in call.attempts
+                for node in (attempt.start, *attempt.matched)
+            )
             return call.anchor.output in names or not names.isdisjoint(reached)
 
-        calls = [c for calls in self.calls.values() for c in calls if self.watch.attends(c.fusion)]
+        calls = [
+            call
+            for calls in self.calls.values()
+            for call in calls
+            if self.watch.attends(call.fusion)
+        ]
         return max(filter(touches, calls), key=_progress, default=None)
 
     def _downstream(
@@ -152,7 +168,7 @@ class _Places:
                 if calls and touching is None:
                     return calls[-1]
                 for user in value.consumers():
-                    makers = [one.producer() for one in user.inputs if one is not None]
+                    makers = [value.producer() for value in user.inputs if value is not None]
                     joins = user.op_type == "Add" and len(makers) == 2 and after.issuperset(makers)
                     if user not in seen and user not in self.products - own and not joins:
                         seen.add(user)
@@ -173,10 +189,14 @@ class _Places:
 def _near(call: Call) -> bool:
     """Whether a call of a fusion of normalisations was about one: it starts from a good many nodes
     that have nothing to do with them."""
-    return "Normalization" in call.anchor.operator or any(len(a.matched) > 2 for a in call.attempts)
+    return "Normalization" in call.anchor.operator or any(
+        len(attempt.matched) > 2 for attempt in call.attempts
+    )
 
 
 def _progress(call: Call) -> tuple[int, int]:
     """How far a call got: the paths that it found, and the nodes on all of them."""
     attempts = call.attempts
-    return sum(not one.broke for one in attempts), sum(len(one.matched) for one in attempts)
+    return sum(not attempt.broke for attempt in attempts), sum(
+        len(attempt.matched) for attempt in attempts
+    )

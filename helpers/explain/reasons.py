@@ -83,9 +83,9 @@ class Attempt:
             if i < len(self.matched):
                 lines.append(f"{edge:<10} {operator:<12} {self.matched[i].name}")
                 continue
-            there = " or ".join(f"{one.operator} {one.name}" for one in self.found)
-            there = there or "no node: an initializer, or an input of the graph"
-            lines.append(f"{edge:<10} {operator:<12} ✗ the graph has {there}")
+            listed = " or ".join(f"{node.operator} {node.name}" for node in self.found)
+            listed = listed or "no node: an initializer, or an input of the graph"
+            lines.append(f"{edge:<10} {operator:<12} ✗ the graph has {listed}")
             break
         return "\n".join(lines)
 
@@ -96,8 +96,8 @@ class Attempt:
         return f"{for_}{arrow.join([self.start.operator, *self.expected])} {self.inputs}"
 
     def to_json(self) -> dict[str, Any]:
-        names, broke, reached = [one.name for one in self.found], self.broke, len(self.matched)
-        operators = [one.operator for one in self.found]
+        names, broke, reached = [node.name for node in self.found], self.broke, len(self.matched)
+        operators = [node.operator for node in self.found]
         return {
             "variable": self.variable,
             "direction": "down" if self.down else "up",
@@ -160,9 +160,9 @@ class Reason:
         """What to show of it: passed to `view.cut`, `view.save` or `view.show`."""
         if self.attempt is None:
             return {"along": (), "break_at": self.anchor.name if self.anchor else None}
-        matched = [one.name for one in self.attempt.matched]
-        broke = [*(one.name for one in self.attempt.found), self.attempt.at.name][0]
-        return {"along": [one for one in matched if one != broke], "break_at": broke}
+        matched = [node.name for node in self.attempt.matched]
+        broke = [*(node.name for node in self.attempt.found), self.attempt.at.name][0]
+        return {"along": [name for name in matched if name != broke], "break_at": broke}
 
     def to_json(self, number: int | None = None) -> dict[str, Any]:
         broken = self.attempt.to_json() if self.attempt else {}
@@ -195,27 +195,32 @@ class Reason:
         broken, where = self.attempt, f"{self.file}:{self.line}  {self.source}"
         parts = [("why", CAUSES[self.cause] + (f": {self.message}" if self.message else ""))]
         parts += [("code", where)] if self.file else []
-        parts += [("called", one) for one in self.within[-2:]]
+        parts += [("called", called) for called in self.within[-2:]]
         parts += [("None", ", ".join(self.none))] if self.none else []
         if self.check:
             parts += [("test", _short(self.check.source))]
-            nodes_first = sorted(self.check.operands.items(), key=lambda one: "->" not in one[1])
+            nodes_first = sorted(
+                self.check.operands.items(), key=lambda operand: "->" not in operand[1]
+            )
             parts += [
                 ("", f"  {_short(name)} = {_short(value)}") for name, value in nodes_first[:8]
             ]
         if broken:
             first, *rest = str(broken).split("\n")
-            parts += [("path", first), *(("", one) for one in rest)]
+            parts += [("path", first), *(("", line) for line in rest)]
         elif self.anchor:
             parts += [("anchor", f"{self.anchor.operator} {self.anchor.name}")]
         parts += [("shape", self.shape)] if self.shape and broken else []
         parts += [("PyTorch", self.origin)] if self.origin else []
         if self.actual:
             parts += [("there is", f"{json.dumps(self.actual[0])}, {json.dumps(self.actual[1])}")]
-        others = [one for one in self.attempts if one is not broken][:4]
+        others = [attempt for attempt in self.attempts if attempt is not broken][:4]
         parts += [
-            ("tried" if i == 0 else "", f"{len(one.matched)} of {len(one.expected)}: {one.brief}")
-            for i, one in enumerate(others)
+            (
+                "tried" if i == 0 else "",
+                f"{len(attempt.matched)} of {len(attempt.expected)}: {attempt.brief}",
+            )
+            for i, attempt in enumerate(others)
         ]
         return "\n".join(f"   {label:<8} {text}".rstrip() for label, text in parts)
 
@@ -291,7 +296,7 @@ class Explanation:
                 "expected": " ← ".join(attempt.expected),
                 "inputs": attempt.inputs,
                 "matched": f"{len(attempt.matched)} of {len(attempt.expected)}",
-                "found": ", ".join(one.operator for one in attempt.found),
+                "found": ", ".join(node.operator for node in attempt.found),
             }
             for attempt in self.reasons[reason].attempts
         )

@@ -88,7 +88,10 @@ class Try:
 
 
 def is_one(node: ir.Node, wanted: Iterable[parts.NodePattern]) -> bool:
-    return any(one.op.matches(node.op_type) and one.domain.matches(node.domain) for one in wanted)
+    return any(
+        pattern_node.op.matches(node.op_type) and pattern_node.domain.matches(node.domain)
+        for pattern_node in wanted
+    )
 
 
 class RuleWatch:
@@ -137,37 +140,37 @@ class RuleWatch:
         watched = self._watched(rule)
         tried = self._try = Try(rule, args[2]) if watched else None
         try:
-            made = plain(rule, *args, **options)
+            rewritten = plain(rule, *args, **options)
         except Exception:
             self.raised = rule
             raise
         finally:
             sys.settrace(self._trace_before)
             self._try, self._open = None, []
-        if made is not None:
-            self._replaced(rule, made, watched)
+        if rewritten is not None:
+            self._replaced(rule, rewritten, watched)
         elif watched:
             self._gave_up(tried)
-        return made
+        return rewritten
 
-    def _replaced(self, rule: pattern.RewriteRule, made: Any, watched: bool) -> None:
+    def _replaced(self, rule: pattern.RewriteRule, rewritten: Any, watched: bool) -> None:
         """What a rule made is to a site what it took the place of."""
-        roles = self._roles_of(made.match.nodes)
-        taken = set(made.new_outputs)
-        for node in made.new_nodes:
+        roles = self._roles_of(rewritten.match.nodes)
+        taken = set(rewritten.new_outputs)
+        for node in rewritten.new_nodes:
             self.made |= {node, *(value for value in node.outputs if value not in taken)}
-        self.roles.update((node, dict(roles)) for node in made.new_nodes)
+        self.roles.update((node, dict(roles)) for node in rewritten.new_nodes)
         for site, role in roles.items():
             if watched and role >= WEIGHTS:
                 self.tries[site].clear()
                 self.fired[site] = rule
 
     def _roles_of(self, nodes: Iterable[ir.Node]) -> dict[int, int]:
-        found: dict[int, int] = {}
+        roles: dict[int, int] = {}
         for node in nodes:
             for site, role in self.roles.get(node, {}).items():
-                found[site] = max(role, found.get(site, role))
-        return found
+                roles[site] = max(role, roles.get(site, role))
+        return roles
 
     def _gave_up(self, tried: Try) -> None:
         """Keep the try for the sites that it was about."""
@@ -206,14 +209,14 @@ class RuleWatch:
             return plain(matcher, wanted, there)
         step = Wanted(wanted, there)
         if isinstance(wanted, parts.NodePattern):
-            step.inputs = (i for i, one in enumerate(wanted.inputs) if one is not None)
+            step.inputs = (i for i, value in enumerate(wanted.inputs) if value is not None)
         if tried.steps:
             above = tried.steps[-1]
             of_node = isinstance(above.pattern, parts.NodePattern)
             step.index = next(above.inputs) if of_node else above.index
         else:  # another combination of outputs: the best so far is enough
-            best = max((one.rank for one in tried.failures), default=None)
-            tried.failures = [one for one in tried.failures if one.rank == best]
+            best = max((failure.rank for failure in tried.failures), default=None)
+            tried.failures = [failure for failure in tried.failures if failure.rank == best]
         before = len(tried.failures)
         tried.steps.append(step)
         matched = plain(matcher, wanted, there)
@@ -227,7 +230,11 @@ class RuleWatch:
     @staticmethod
     def _failure(tried: Try, match: Any) -> Failure:
         *before, step = tried.steps
-        path = [one for one in before if isinstance(one.pattern, parts.NodePattern)]
+        path = [
+            step_before
+            for step_before in before
+            if isinstance(step_before.pattern, parts.NodePattern)
+        ]
         nodes = parts.matched_nodes(match)
         wanted, node = step.wanted, step.node
         missing = [] if node is not None and is_one(node, wanted) else wanted
@@ -276,7 +283,7 @@ def _furthest(tried: Try) -> Failure:
 
     If at a node on the way the other operand would match, that is where it failed.
     """
-    failure = max(tried.failures, key=lambda one: one.rank)
+    failure = max(tried.failures, key=lambda failure: failure.rank)
     for i, (reader, step) in enumerate(itertools.pairwise([*failure.path, failure.step])):
         wanted, values = reader.pattern.inputs[step.index], reader.there.inputs
         operators = _operators(wanted)
@@ -288,8 +295,12 @@ def _furthest(tried: Try) -> Failure:
                 message = "its other operand would match"
                 return Failure(path, here, failure.nodes, operators, message, [], swapped=True)
     if failure.missing:
-        alike = (one for one in tried.failures if _place(one) == _place(failure))
-        failure.missing = [one for other in alike for one in other.missing]
+        alike = (
+            other_failure
+            for other_failure in tried.failures
+            if _place(other_failure) == _place(failure)
+        )
+        failure.missing = [pattern_node for other in alike for pattern_node in other.missing]
     return failure
 
 
@@ -301,8 +312,10 @@ def _place(failure: Failure) -> tuple:
 def _operators(wanted: parts.ValuePattern) -> list[parts.NodePattern]:
     """The nodes of which one must compute the value; none where another value would do too."""
     if isinstance(wanted, parts.BacktrackingOr):
-        choices = [_operators(one) for one in parts.alternatives(wanted)]
-        return [one for choice in choices for one in choice] if all(choices) else []
+        choices = [_operators(alternative) for alternative in parts.alternatives(wanted)]
+        return (
+            [pattern_node for choice in choices for pattern_node in choice] if all(choices) else []
+        )
     return Wanted(wanted, None).wanted
 
 

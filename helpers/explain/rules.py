@@ -54,24 +54,27 @@ class _Reasons:
 
     def _missing(self, tried: Try, failure: Failure) -> tuple[Reason, Attempt]:
         """An operator of the pattern was not there."""
-        names, step, found = self._names, failure.step, failure.step.node
-        operators = dict.fromkeys(str(one.op) for one in failure.missing)
-        path = [one.there for one in failure.path]
+        names, step, node_there = self._names, failure.step, failure.step.node
+        operators = dict.fromkeys(str(pattern_node.op) for pattern_node in failure.missing)
+        path = [visited.there for visited in failure.path]
         attempt = Attempt(
             names.node(tried.root),
             [*(node.op_type for node in path[1:]), "|".join(operators)],
-            [*(one.index for one in failure.path[1:]), step.index],
+            [*(visited.index for visited in failure.path[1:]), step.index],
             tried.rule.name,
             [names.node(node) for node in path[1:]],
-            [names.node(found)] if found is not None else [],
+            [names.node(node_there)] if node_there is not None else [],
         )
-        further = _way(found, failure.missing) if found is not None and path else None
-        reason = self._reason(tried, "path", _cause(failure, further), found, failure)
+        further = _way(node_there, failure.missing) if node_there is not None and path else None
+        reason = self._reason(tried, "path", _cause(failure, further), node_there, failure)
         reason.attempt = attempt
         if further:
-            way = [*zip(attempt.expected, attempt.inputs, strict=True)][:-1]
-            way += [(found.op_type, step.index), *further]
-            reason.actual = [operator for operator, _ in way], [index for _, index in way]
+            path_there = [*zip(attempt.expected, attempt.inputs, strict=True)][:-1]
+            path_there += [(node_there.op_type, step.index), *further]
+            reason.actual = (
+                [operator for operator, _ in path_there],
+                [index for _, index in path_there],
+            )
         return reason, attempt
 
     def _unlike(self, tried: Try, failure: Failure | None) -> Reason:
@@ -94,8 +97,10 @@ class _Reasons:
                     operands[key] = given
         else:
             operands["value"] = step.there
-        bound = [one for one in failure.sources if isinstance(one, ir.Value)]
-        operands |= {f"bound to {i}": one for i, one in enumerate(bound) if one is not step.there}
+        bound = [source for source in failure.sources if isinstance(source, ir.Value)]
+        operands |= {
+            f"bound to {i}": value for i, value in enumerate(bound) if value is not step.there
+        }
         if failure.path:
             operands["read by"] = failure.path[-1].there
         reason.check = self._check(reason.source or failure.message, operands)
@@ -110,20 +115,26 @@ class _Reasons:
         if call is None:
             reason.cause = "used_elsewhere"
             uses = _uses(tried).items()
-            test, operands = match.reason, {key: self._names.show(one) for key, one in uses}
+            test, operands = match.reason, {key: self._names.show(operand) for key, operand in uses}
         else:
             gave = slicing.gave_up(call, self._names.write)
             reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
             reason.file = slicing.file_of(call.code)
             reason.cause = _cause_of_check(gave.values)
             test, operands = gave.test or gave.source, gave.operands
-        told = {f"blamed {i}": self._names.show(one) for i, one in enumerate(blamed)}
-        told = {key: one for key, one in told.items() if one not in operands.values()}
-        reason.check = Check(test, {**operands, **told})
+        blamed_operands = {
+            f"blamed {i}": self._names.show(operand) for i, operand in enumerate(blamed)
+        }
+        blamed_operands = {
+            key: operand
+            for key, operand in blamed_operands.items()
+            if operand not in operands.values()
+        }
+        reason.check = Check(test, {**operands, **blamed_operands})
         return reason
 
     def _check(self, source: str, operands: dict[str, Any]) -> Check:
-        return Check(source, {key: self._names.show(one) for key, one in operands.items()})
+        return Check(source, {key: self._names.show(operand) for key, operand in operands.items()})
 
     def _reason(
         self,
@@ -168,13 +179,15 @@ def _line(code: CodeType, wanted: parts.NodePattern | None) -> tuple[int, str]:
         if isinstance(call.func, ast.Attribute) and call.func.attr == str(wanted.op):
             written = {word.arg: ast.unparse(word.value) for word in call.keywords}
             alike = sum(
-                repr(parts.constant_of(one)) == written.get(key)
-                for key, one in wanted.attributes.items()
-                if isinstance(one, parts.AttrConstantPattern)
+                repr(parts.constant_of(attribute)) == written.get(key)
+                for key, attribute in wanted.attributes.items()
+                if isinstance(attribute, parts.AttrConstantPattern)
             )
             alike += sum(
-                one is not None and one.name is not None and one.name == ast.unparse(given)
-                for one, given in zip(wanted.inputs, call.args, strict=False)
+                parameter is not None
+                and parameter.name is not None
+                and parameter.name == ast.unparse(given)
+                for parameter, given in zip(wanted.inputs, call.args, strict=False)
             )
             if alike > best:
                 best, line = alike, call.lineno
@@ -185,17 +198,21 @@ def _line(code: CodeType, wanted: parts.NodePattern | None) -> tuple[int, str]:
 
 
 def _way(
-    found: ir.Node, wanted: list[parts.NodePattern], far: int = 3
+    start: ir.Node, wanted: list[parts.NodePattern], far: int = 3
 ) -> list[tuple[str, int]] | None:
     """The way up from `found` to the nearest node that is wanted: operators and inputs."""
-    queue: deque[tuple[ir.Node, list]] = deque([(found, [])])
+    queue: deque[tuple[ir.Node, list]] = deque([(start, [])])
     while queue:
-        node, way = queue.popleft()
-        if way and is_one(node, wanted):
-            return way
-        if len(way) < far:
+        node, steps = queue.popleft()
+        if steps and is_one(node, wanted):
+            return steps
+        if len(steps) < far:
             above = ((i, value.producer()) for i, value in enumerate(node.inputs) if value)
-            queue += [(one, [*way, (one.op_type, i)]) for i, one in above if one is not None]
+            queue += [
+                (producer, [*steps, (producer.op_type, i)])
+                for i, producer in above
+                if producer is not None
+            ]
     return None
 
 
@@ -203,22 +220,24 @@ def _cause(failure: Failure, further: list | None) -> str:
     """The cause class of an operator that was not there; `further`: it is up this way."""
     if failure.swapped:
         return "operand_order"
-    if all(str(one.domain) == _TEMPORARY for one in failure.missing):
+    if all(str(pattern_node.domain) == _TEMPORARY for pattern_node in failure.missing):
         return "missing_anchor"
     if further:
         return "extra_node"
-    found = failure.step.node
-    above = [one.producer() for node in failure.missing for one in node.inputs if one is not None]
-    if found is None or is_one(found, [one for one in above if one is not None]):
+    node_there = failure.step.node
+    above = [
+        value.producer() for node in failure.missing for value in node.inputs if value is not None
+    ]
+    if node_there is None or is_one(node_there, [one for one in above if one is not None]):
         return "missing_node"
     return "other_operator"
 
 
 def _cause_of_check(values: list[Any]) -> str:
-    items = [one for value in values for one in (value.values() if _is_map(value) else [value])]
-    if any(isinstance(one, ir.Value) and one.shape is None for one in items):
+    items = [item for value in values for item in (value.values() if _is_map(value) else [value])]
+    if any(isinstance(item, ir.Value) and item.shape is None for item in items):
         return "shape_inference"
-    if any(isinstance(one, ir.SymbolicDim) for one in items):
+    if any(isinstance(item, ir.SymbolicDim) for item in items):
         return "symbolic_dimension"
     return "other_check"
 
@@ -229,17 +248,17 @@ def _is_map(value: Any) -> bool:
 
 def _uses(tried: Try) -> dict[str, Any]:
     """The tensors that would be gone, and who else reads them."""
-    found: dict[str, Any] = {}
+    operands: dict[str, Any] = {}
     for value in (value for node in tried.nodes for value in node.outputs):
         readers = [node for node in value.consumers() if node not in tried.nodes]
         if value not in tried.outputs and (readers or value.is_graph_output()):
-            count = len(found) // 2
-            found[f"tensor {count}"] = value
-            found[f"used by {count}"] = [
+            count = len(operands) // 2
+            operands[f"tensor {count}"] = value
+            operands[f"used by {count}"] = [
                 *readers,
                 *(["the graph's outputs"] if value.is_graph_output() else []),
             ]
-    return found
+    return operands
 
 
 def _is_attention(rule: pattern.RewriteRule) -> bool:
@@ -250,22 +269,22 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
     if isinstance(rules, pattern.RewriteRuleSet):
         return rules
     given = list(rules) if isinstance(rules, list | tuple) else [rules]
-    made: list[pattern.RewriteRule] = []
-    for one in given:
-        if isinstance(one, str):
-            one = chosen.loaded(one)
-        if isinstance(one, pattern.RewriteRuleSet):
-            made += one.rules
-        elif isinstance(one, type) and issubclass(one, pattern.RewriteRuleClassBase):
-            made.append(one.rule())
-        elif isinstance(one, pattern.RewriteRule):
-            made.append(one)
+    rule_list: list[pattern.RewriteRule] = []
+    for entry in given:
+        if isinstance(entry, str):
+            entry = chosen.loaded(entry)
+        if isinstance(entry, pattern.RewriteRuleSet):
+            rule_list += entry.rules
+        elif isinstance(entry, type) and issubclass(entry, pattern.RewriteRuleClassBase):
+            rule_list.append(entry.rule())
+        elif isinstance(entry, pattern.RewriteRule):
+            rule_list.append(entry)
         else:
             raise files.BadInput(
-                f"{one}: expected a rewrite rule, a set of them, or a subclass of onnxscript's"
+                f"{entry}: expected a rewrite rule, a set of them, or a subclass of onnxscript's"
                 " RewriteRuleClassBase; name another"
             )
-    return pattern.RewriteRuleSet(made)
+    return pattern.RewriteRuleSet(rule_list)
 
 
 def applied(path: str | Path, rules: Any, draft: Path | None) -> Outcome:
@@ -318,7 +337,7 @@ def _raised(watch: RuleWatch, error: Exception) -> Reason:
 
 def _best(watch: RuleWatch, site: int, left: set[ir.Node]) -> Reason:
     """Why the rule that got furthest on the site did not fuse it."""
-    tries = sorted(watch.tries[site], key=lambda one: one[0], reverse=True)
+    tries = sorted(watch.tries[site], key=lambda attempt: attempt[0], reverse=True)
     if tries and (tries[0][0][2] >= 1 or site not in watch.fired):  # a node matched
         reason = tries[0][1][0]
         others: dict[str, Attempt] = {}  # the best of each rule that matched a node

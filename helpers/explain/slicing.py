@@ -55,9 +55,9 @@ def _missing(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, tuple):
-        return any(_missing(one) for one in value)
+        return any(_missing(part) for part in value)
     if isinstance(value, list):
-        return not value or any(one is None for one in value)
+        return not value or any(part is None for part in value)
     return value is None or value is False or (isinstance(value, (int, str)) and value in (-1, ""))
 
 
@@ -78,10 +78,13 @@ class _Reader:
         plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, ast.USub)
         plain = (*plain, ast.Load, ast.Slice, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop)
         plain = (*plain, ast.Not, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.Set, ast.Dict)
-        for one in ast.walk(node):
-            is_len = isinstance(one, ast.Call) and getattr(one.func, "id", "") in ("len", "hasattr")
-            if not is_len and not isinstance(one, plain):
-                raise ValueError(ast.dump(one))
+        for part in ast.walk(node):
+            is_len = isinstance(part, ast.Call) and getattr(part.func, "id", "") in (
+                "len",
+                "hasattr",
+            )
+            if not is_len and not isinstance(part, plain):
+                raise ValueError(ast.dump(part))
         names = {**self.step.names, **self.step.local}
         try:
             return eval(compile(ast.Expression(node), "<operand>", "eval"), names)
@@ -103,9 +106,9 @@ class _Reader:
         one_is_enough = isinstance(test.op, ast.Or) is outcome
         parts = test.values
         if one_is_enough:
-            known = [part for part in parts if self._is(part, outcome)]
+            decisive = [part for part in parts if self._is(part, outcome)]
             unknown = [part for part in parts if self._is(part, None)]
-            parts = known[:1] or unknown
+            parts = decisive[:1] or unknown
         return [leaf for part in parts for leaf in self.decided(part, outcome)]
 
     def _is(self, part: ast.expr, outcome: bool | None) -> bool:
@@ -138,18 +141,20 @@ class _Reader:
         if isinstance(statement, ast.If) and (end or not leaves):
             leaves = self._last(statement)
         elif isinstance(statement, (ast.For, ast.While)) and (end or not leaves):
-            ifs = [one for one in ast.walk(statement) if isinstance(one, ast.If)]
-            leaves = [one.test for one in ifs] or assigned_from(statement)
+            ifs = [part for part in ast.walk(statement) if isinstance(part, ast.If)]
+            leaves = [condition.test for condition in ifs] or assigned_from(statement)
         elif end and self._calls(statement):  # what it called in turn
-            leaves = [one.value for one in self.function.statements if self._calls(one)]
+            leaves = [
+                statement.value for statement in self.function.statements if self._calls(statement)
+            ]
         elif end:
-            leaves = [one.test for one, _ in self.function.around(statement)]
+            leaves = [condition.test for condition, _ in self.function.around(statement)]
         return statement, leaves, end
 
     def _calls(self, statement: ast.stmt | None) -> bool:
         """Whether a statement only calls a function that was recorded."""
         lines = range(statement.lineno, statement.end_lineno + 1) if statement else ()
-        called = any(one.called_at in lines for one in self.step.inner)
+        called = any(inner_step.called_at in lines for inner_step in self.step.inner)
         return called and isinstance(statement, ast.Expr)
 
     def _last(self, statement: ast.If) -> list[ast.expr]:
@@ -170,9 +175,9 @@ class _Reader:
             if isinstance(block, list) and statement in block
         )
         earlier = [
-            one
-            for one in body[: body.index(statement)]
-            if isinstance(one, (ast.If, ast.For, ast.While))
+            earlier
+            for earlier in body[: body.index(statement)]
+            if isinstance(earlier, (ast.If, ast.For, ast.While))
         ]
         return earlier[-1] if earlier else statement
 
@@ -189,19 +194,29 @@ class _Reader:
             return answer
         only_called = end and self._calls(statement)
         returned = self._returned(self.function.at(step.line))
-        level = [(one, True) for one in (*returned, *leaves)]
+        level = [(expression, True) for expression in (*returned, *leaves)]
         seen: set[str] = set()
         for _ in range(DEPTH + 1):
             for expression, is_empty in level:
                 answer.calls |= functions_called(expression)
                 self._operands(expression, answer, is_empty)
-            empty = [one for one, is_empty in level if is_empty]
-            names = [name for one in empty for name in variables_in(one) if name not in seen]
+            empty = [expression for expression, is_empty in level if is_empty]
+            names = [
+                name
+                for expression in empty
+                for name in variables_in(expression)
+                if name not in seen
+            ]
             names = list(dict.fromkeys(names))
             asked = self._asked(empty)
             if self._paths(names, answer, asked) or self._inner(names, empty, answer, only_called):
                 break
-            names = [name for one, _ in level for name in variables_in(one) if name not in seen]
+            names = [
+                name
+                for expression, _ in level
+                for name in variables_in(expression)
+                if name not in seen
+            ]
             seen.update(names)
             level = [
                 (expression, _missing(self.get(name)))
@@ -212,16 +227,16 @@ class _Reader:
             self._last_group(answer)
         asked = [id(attempt) for _, attempt in step.attempts]
         if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
-            answer.broken.sort(key=lambda one: asked.index(id(one)))
-            variables = [one.variable for one in answer.broken]
+            answer.broken.sort(key=lambda attempt: asked.index(id(attempt)))
+            variables = [attempt.variable for attempt in answer.broken]
             answer.none.sort(key=lambda name: variables.index(name) if name in variables else -1)
         return answer
 
     def _returned(self, statement: ast.stmt | None) -> list[ast.expr]:
         """What a `return` gives, if that was made elsewhere."""
         value = statement.value if isinstance(statement, ast.Return) else None
-        made = (ast.Call, ast.Name, ast.Tuple, ast.Compare, ast.BoolOp)
-        return [value] if isinstance(value, made) else []
+        expressions = (ast.Call, ast.Name, ast.Tuple, ast.Compare, ast.BoolOp)
+        return [value] if isinstance(value, expressions) else []
 
     def _sources(self, name: str) -> list[ast.expr]:
         """What the variable `name` was made from; where it stayed empty, what that depended on."""
@@ -232,31 +247,37 @@ class _Reader:
             condition, (ast.BoolOp, ast.Compare, ast.UnaryOp)
         ):
             return self.decided(condition, value)
-        found = [one for statement in statements for one in assigned_from(statement)]
+        expressions = [
+            expression for statement in statements for expression in assigned_from(statement)
+        ]
         if _missing(value):
-            ifs = [one for s in statements for one, _ in self.function.around(s)]
-            found += [one.test for one in ifs]
-        return found
+            ifs = [
+                condition
+                for statement in statements
+                for condition, _ in self.function.around(statement)
+            ]
+            expressions += [condition.test for condition in ifs]
+        return expressions
 
     def _broken(self, name: str) -> list[Attempt]:
         """The attempts for the variable `name` since it last was found, if it was not then."""
         if not _missing(self.get(name)):
             return []
-        found: list[Attempt] = []
+        attempts: list[Attempt] = []
         for line, attempt in self.step.attempts:
             if self.variable(line) == name:
                 attempt.variable = name
-                found = [*found, attempt] if attempt.broke else []
-        return found
+                attempts = [*attempts, attempt] if attempt.broke else []
+        return attempts
 
     def variable(self, line: int) -> str | None:
         """The variable that the statement at `line` assigns a match to."""
         if self.function is None:
             return None
         statement = self.function.at(line)
-        for one in ast.walk(statement):
-            if isinstance(one, ast.NamedExpr) and one.lineno <= line <= one.end_lineno:
-                return one.target.id
+        for part in ast.walk(statement):
+            if isinstance(part, ast.NamedExpr) and part.lineno <= line <= part.end_lineno:
+                return part.target.id
         targets = [] if isinstance(statement, (ast.For, ast.While)) else assigned_to(statement)
         target = targets[0] if targets else None
         if isinstance(target, ast.Tuple) and len(target.elts) == 3:
@@ -268,9 +289,11 @@ class _Reader:
 
     def _asked(self, expressions: list[ast.expr]) -> list[Attempt]:
         """The attempts that `expressions` themselves made, and that broke."""
-        spans = [range(one.lineno, one.end_lineno + 1) for one in expressions]
-        asked = [one for line, one in self.step.attempts if any(line in span for span in spans)]
-        return [one for one in asked if one.broke]
+        spans = [range(expression.lineno, expression.end_lineno + 1) for expression in expressions]
+        asked = [
+            attempt for line, attempt in self.step.attempts if any(line in span for span in spans)
+        ]
+        return [attempt for attempt in asked if attempt.broke]
 
     def _paths(self, names: list[str], answer: GaveUp, asked: list[Attempt]) -> bool:
         """Add the attempts that left `names` empty, and those for what these would be made from;
@@ -285,13 +308,13 @@ class _Reader:
             if not answer.broken:
                 break
             below = [
-                one
+                variable
                 for name in names
                 if _missing(self.get(name))
                 for expression in self._sources(name)
-                for one in variables_in(expression)
+                for variable in variables_in(expression)
             ]
-            names = list(dict.fromkeys(one for one in below if one not in seen))
+            names = list(dict.fromkeys(variable for variable in below if variable not in seen))
         answer.broken = answer.broken or asked
         return bool(answer.broken)
 
@@ -299,15 +322,19 @@ class _Reader:
         self, names: list[str], level: list[ast.expr], answer: GaveUp, only_called: bool
     ) -> bool:
         """Go on in a function that was called for one of `names`, or in a condition."""
-        lines = [range(one.lineno, one.end_lineno + 1) for one in level]
+        lines = [range(expression.lineno, expression.end_lineno + 1) for expression in level]
         for name in names:
             if _missing(self.get(name)):
                 lines += [
-                    range(one.lineno, one.end_lineno + 1)
-                    for one in self.function.assigned(name, self.step.line)
-                    if not isinstance(one, ast.For)
+                    range(assignment.lineno, assignment.end_lineno + 1)
+                    for assignment in self.function.assigned(name, self.step.line)
+                    if not isinstance(assignment, ast.For)
                 ]
-        called = [one for one in self.step.inner if any(one.called_at in span for span in lines)]
+        called = [
+            inner_step
+            for inner_step in self.step.inner
+            if any(inner_step.called_at in span for span in lines)
+        ]
         if not called:
             return False
         step = max(reversed(called), key=_progress)
@@ -361,11 +388,11 @@ def gave_up(step: Step, write: Callable[[Any], str | None]) -> GaveUp:
     answer = reader.gave_up()
     steps = [step]
     while steps:  # the variables of all attempts, for who reads them
-        one = steps.pop()
-        inner = _Reader(one, write)
-        for line, attempt in one.attempts:
+        inner_step = steps.pop()
+        inner = _Reader(inner_step, write)
+        for line, attempt in inner_step.attempts:
             attempt.variable = attempt.variable or inner.variable(line)
-        steps += one.inner
+        steps += inner_step.inner
     return answer
 
 

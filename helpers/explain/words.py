@@ -92,15 +92,18 @@ class IrWriter(Writer):
             if value.name in self._tensors and value not in self._made:
                 return value.name
             above, below = value.producer(), value.consumers()
-            near = [*(above.inputs if above else ()), *(v for node in below for v in node.outputs)]
-            queue += (one for one in near if one not in seen)
-            seen.update(near)
+            neighbours = [
+                *(above.inputs if above else ()),
+                *(output for node in below for output in node.outputs),
+            ]
+            queue += (neighbour for neighbour in neighbours if neighbour not in seen)
+            seen.update(neighbours)
         return ""
 
     def node(self, node: ir.Node) -> Node:
         output = self.tensor(node.outputs[0])
-        known = node.name in self._nodes and node not in self._made
-        return Node(node.op_type, node.name if known else output, output)
+        in_file = node.name in self._nodes and node not in self._made
+        return Node(node.op_type, node.name if in_file else output, output)
 
     def write(self, value: Any) -> str | None:
         telling = (ir.Node, ir.Value, ir.Attr, ir.Shape, ir.SymbolicDim)
@@ -126,9 +129,9 @@ class IrWriter(Writer):
         return self.show(value)
 
     def _value(self, value: ir.Value) -> str:
-        made, tensor = value.producer(), ir.convenience.get_const_tensor(value)
-        if made is not None:
-            text = self.show(made)
+        producer, tensor = value.producer(), ir.convenience.get_const_tensor(value)
+        if producer is not None:
+            text = self.show(producer)
         else:
             text = f"{'input' if value.is_graph_input() else 'initializer'} {self.tensor(value)}"
         text += f", shape {value.shape}" if value.shape is not None else ", no shape"

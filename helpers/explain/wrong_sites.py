@@ -48,9 +48,9 @@ def judge(
 
     `model` is the `original`, if it has been read, with its `sites`.
     """
-    answer.parity, found = find(original, fused, cases, description, model, sites)
+    answer.parity, wrong_pieces = find(original, fused, cases, description, model, sites)
     answer.parity.name = "the optimised graph"
-    for site in found:
+    for site in wrong_pieces:
         if isinstance(site, str):  # it fused what is no attention
             answer.sites.append(Verdict(site, None, True, wrong=True))
         else:
@@ -80,15 +80,15 @@ def find(
     if model is None:
         model, sites = original.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
-    found = pieces(model, proto, sites)
-    every = {site for piece in found for site in piece.sites}
-    gone = _gone(model, proto)
-    if gone or not found:
-        return whole, _about(sites, found, gone) or every
-    tensors = list(dict.fromkeys(name for piece in found for name in piece.outputs))
-    boundary = list(dict.fromkeys(name for piece in found for name in piece.inputs))
+    all_pieces = pieces(model, proto, sites)
+    every = {site for piece in all_pieces for site in piece.sites}
+    missing_nodes = _gone(model, proto)
+    if missing_nodes or not all_pieces:
+        return whole, _about(sites, all_pieces, missing_nodes) or every
+    tensors = list(dict.fromkeys(name for piece in all_pieces for name in piece.outputs))
+    boundary = list(dict.fromkeys(name for piece in all_pieces for name in piece.inputs))
     around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
-    runs = [_runner(piece, proto, around, tensors) for piece in found]
+    runs = [_runner(piece, proto, around, tensors) for piece in all_pieces]
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
@@ -100,8 +100,8 @@ def find(
         return whole, every
     wrong = {
         site
-        for piece, one in zip(found, judged, strict=True)
-        if not one.held
+        for piece, candidate in zip(all_pieces, judged, strict=True)
+        if not candidate.held
         for site in piece.sites
     }
     return whole, wrong or every
@@ -110,7 +110,7 @@ def find(
 def _candidate(path: Path, fused: Path) -> parity.Model:
     """The model `fused`, given those inputs of the `original` that it still has."""
     before, after = (
-        {one.name for one in onnx.load(file, load_external_data=False).graph.input}
+        {value.name for value in onnx.load(file, load_external_data=False).graph.input}
         for file in (path, fused)
     )
     if not after < before:
@@ -120,8 +120,8 @@ def _candidate(path: Path, fused: Path) -> parity.Model:
     def run(arrays: parity.Outputs) -> parity.Outputs:
         if not session:
             session.append(files.session(fused))
-        names = [one.name for one in session[0].get_outputs()]
-        given = {name: one for name, one in arrays.items() if name in after}
+        names = [output.name for output in session[0].get_outputs()]
+        given = {name: array for name, array in arrays.items() if name in after}
         return dict(zip(names, session[0].run(None, given), strict=True))
 
     return run
@@ -132,51 +132,51 @@ def pieces(model: ir.Model, proto: onnx.ModelProto, sites: list[graph.Site]) -> 
 
     `sites` are those of `model`.
     """
-    known = {v.name for node in model.graph for v in node.outputs} | {
-        v.name for v in model.graph.inputs
+    tensors = {output.name for node in model.graph for output in node.outputs} | {
+        value.name for value in model.graph.inputs
     }
-    was = {s.node.outputs[0].name for s in sites if s.fused}
-    made = {name: node for node in proto.graph.node for name in node.output if name}
+    was = {site.node.outputs[0].name for site in sites if site.fused}
+    producers = {name: node for node in proto.graph.node for name in node.output if name}
     read: dict[str, list[onnx.NodeProto]] = {}
     for node in proto.graph.node:
         for name in node.input:
             read.setdefault(name, []).append(node)
-    constant = {one.name for one in proto.graph.initializer} | {""}
-    found = []
+    constant = {initializer.name for initializer in proto.graph.initializer} | {""}
+    pieces_of_sites = []
     for node in proto.graph.node:
         if (node.domain, node.op_type) not in graph.FUSED or node.output[0] in was:
             continue
-        outputs = [name for name in node.output if name in known] or _below(node, read, known)
+        outputs = [name for name in node.output if name in tensors] or _below(node, read, tensors)
         if not outputs:
             continue
-        inside, inputs, queue = {}, {}, deque(made[name] for name in outputs)
+        inside, inputs, queue = {}, {}, deque(producers[name] for name in outputs)
         while queue:
-            one = queue.popleft()
-            if id(one) in inside:
+            inner = queue.popleft()
+            if id(inner) in inside:
                 continue
-            inside[id(one)] = one
-            for name in one.input:
+            inside[id(inner)] = inner
+            for name in inner.input:
                 if name in constant:
                     continue
-                if name in known or name not in made:
+                if name in tensors or name not in producers:
                     inputs[name] = None
                 else:
-                    queue.append(made[name])
-        nodes = [one for one in proto.graph.node if id(one) in inside]
+                    queue.append(producers[name])
+        nodes = [proto_node for proto_node in proto.graph.node if id(proto_node) in inside]
         was_there = _between(model, outputs, set(inputs))
         within = [i for i, site in enumerate(sites) if site.context in was_there] or [outputs[0]]
-        found.append(Piece(nodes, list(inputs), outputs, was_there, within))
-    return found
+        pieces_of_sites.append(Piece(nodes, list(inputs), outputs, was_there, within))
+    return pieces_of_sites
 
 
 def _below(
-    node: onnx.NodeProto, read: dict[str, list[onnx.NodeProto]], known: set[str | None]
+    node: onnx.NodeProto, read: dict[str, list[onnx.NodeProto]], tensors: set[str | None]
 ) -> list[str]:
     """The nearest tensor after `node` that the original graph has too."""
     queue = deque([node])
     while queue:
         for name in queue.popleft().output:
-            if name in known:
+            if name in tensors:
                 return [name]
             queue.extend(read.get(name, []))
     return []
@@ -198,45 +198,56 @@ def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node
 
 def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
     """The nodes of the original graph whose results are read in `proto`, and made no longer."""
-    made = {name for node in proto.graph.node for name in node.output}
-    made |= {one.name for one in (*proto.graph.input, *proto.graph.initializer)}
+    computed = {name for node in proto.graph.node for name in node.output}
+    computed |= {value.name for value in (*proto.graph.input, *proto.graph.initializer)}
     read = [name for node in proto.graph.node for name in node.input]
-    read += [one.name for one in proto.graph.output]
-    makers = {v.name: node for node in model.graph for v in node.outputs}
-    return [makers[name] for name in dict.fromkeys(read) if name not in made and name in makers]
+    read += [output.name for output in proto.graph.output]
+    makers = {output.name: node for node in model.graph for output in node.outputs}
+    return [makers[name] for name in dict.fromkeys(read) if name not in computed and name in makers]
 
 
-def _about(sites: list[graph.Site], pieces: list[Piece], gone: list[ir.Node]) -> set[int | str]:
+def _about(
+    sites: list[graph.Site], pieces: list[Piece], missing_nodes: list[ir.Node]
+) -> set[int | str]:
     """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
-    found = {s for p in pieces if not p.stands_for.isdisjoint(gone) for s in p.sites}
+    about = {
+        site
+        for piece in pieces
+        if not piece.stands_for.isdisjoint(missing_nodes)
+        for site in piece.sites
+    }
     number = {site.context: i for i, site in enumerate(sites) if site.context}
-    queue, seen = deque(() if found else gone), set()
+    queue, seen = deque(() if about else missing_nodes), set()
     while queue:
         node = queue.popleft()
         if node in number:
             return {number[node]}
-        makers = [v.producer() for v in node.inputs if v is not None and v.producer()]
-        queue.extend(one for one in makers if one not in seen)
+        makers = [
+            value.producer() for value in node.inputs if value is not None and value.producer()
+        ]
+        queue.extend(maker for maker in makers if maker not in seen)
         seen.update(makers)
-    return found
+    return about
 
 
 def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:
     """Runs the original for the values of the tensors `names`; its answers are kept."""
     proto, folder = external.read(path)
-    inputs = {one.name for one in proto.graph.input}
+    inputs = {value.name for value in proto.graph.input}
     asked = [name for name in names if name not in inputs]
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
     session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
     del proto
-    kept: dict[int, tuple[parity.Outputs, parity.Outputs]] = {}
+    answers: list[tuple[parity.Outputs, parity.Outputs]] = []  # for each feed that was run
 
     def run(arrays: parity.Outputs) -> parity.Outputs:
-        if id(arrays) not in kept:
-            values = dict(zip(asked, session.run(asked, arrays), strict=True))
-            kept[id(arrays)] = arrays, {**arrays, **values}
-        return kept[id(arrays)][1]
+        for feed, answer in answers:
+            if feed is arrays:
+                return answer
+        values = dict(zip(asked, session.run(asked, arrays), strict=True))
+        answers.append((arrays, {**arrays, **values}))
+        return answers[-1][1]
 
     return run
 
@@ -248,7 +259,7 @@ def _runner(
     tensors: list[str],
 ) -> Callable[[parity.Outputs], parity.Outputs]:
     """A candidate that gives `tensors` as the original does, those of the piece by the piece."""
-    weights = {one.name: one for one in proto.graph.initializer}
+    weights = {initializer.name: initializer for initializer in proto.graph.initializer}
     sessions = []
 
     def made(values: parity.Outputs) -> onnx.ModelProto:
@@ -277,7 +288,7 @@ def _runner(
         if not sessions:
             sessions.append(files.session(made(values).SerializeToString()))
         feed = {name: np.asarray(values[name]) for name in piece.inputs}
-        found = dict(zip(piece.outputs, sessions[0].run(piece.outputs, feed), strict=True))
-        return {name: found.get(name, values[name]) for name in tensors}
+        outputs = dict(zip(piece.outputs, sessions[0].run(piece.outputs, feed), strict=True))
+        return {name: outputs.get(name, values[name]) for name in tensors}
 
     return run

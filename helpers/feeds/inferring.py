@@ -314,7 +314,11 @@ class _Making:
         """Feeds of the sizes that conditions ask for, where a branch has not run yet."""
         if all(len(seen) > 1 for seen in self.trial.scores.branches.values()):
             return
-        near = {c + more for c in reach.conditions(self.trial.model) for more in (-1, 0, 1)}
+        near = {
+            condition + more
+            for condition in reach.conditions(self.trial.model)
+            for more in (-1, 0, 1)
+        }
         for length in sorted({at.token, at.signal, *(c for c in near if 0 < c <= reach.ENOUGH)}):
             kinds = [{"token": length, "signal": length}]
             kinds += [{"past": length}] if self.sizes.past else []

@@ -318,8 +318,8 @@ def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.
 
     def following(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
         node, _ = use
-        made = node.outputs if node.op_type in through else ()
-        return [further for value in made for further in value.uses()]
+        passed_on = node.outputs if node.op_type in through else ()
+        return [further for value in passed_on for further in value.uses()]
 
     return walks.walk(origin.uses(), following)
 
@@ -345,7 +345,7 @@ def _grows(cache: ir.Value) -> bool:
 
 def flag_values(model: ir.Model, entry: Input) -> list[int]:
     """The values to try for a flag: 0 and 1, and those next to what it is compared with."""
-    value = next(v for v in model.graph.inputs if v.name == entry.name)
+    value = next(value for value in model.graph.inputs if value.name == entry.name)
     if entry.dtype.kind == "b":
         return [0, 1]
     compared = {

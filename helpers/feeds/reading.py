@@ -79,11 +79,11 @@ def _check(npz: Path, wanted: list[Input], arrays: dict[str, np.ndarray]) -> Non
     sizes: dict[str, tuple[int, str]] = {}  # by name of a dimension, and whose it is
     for entry in wanted:
         array = arrays[entry.name]
-        found = f"found {array.dtype} {array.shape}"
+        given = f"found {array.dtype} {array.shape}"
         fits = array.dtype == entry.dtype and array.ndim == len(entry.dims)
         pairs = list(zip(entry.dims, array.shape, strict=False))
         if not fits or any(isinstance(dim, int) and dim != length for dim, length in pairs):
-            raise files.BadInput(f"{npz}: expected {entry}, {found}; change the array")
+            raise files.BadInput(f"{npz}: expected {entry}, {given}; change the array")
         for dim, length in pairs:
             if isinstance(dim, int):
                 continue
@@ -94,7 +94,7 @@ def _check(npz: Path, wanted: list[Input], arrays: dict[str, np.ndarray]) -> Non
                     f" {entry.name}; change the arrays"
                 )
         if not array.size and entry.role not in ("cache", "cross"):  # which may be empty
-            raise files.BadInput(f"{npz}: expected values for {entry}, {found}; change the array")
+            raise files.BadInput(f"{npz}: expected values for {entry}, {given}; change the array")
         if entry.role == "ids" and array.size and not 0 <= array.min() <= array.max() < entry.bound:
             raise files.BadInput(
                 f"{npz}: expected {entry.name} from 0 to {entry.bound - 1}, the rows of the table"

@@ -61,7 +61,7 @@ def _kinds(inputs: list[Input]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     # A first axis is the batch, unless its name is a later axis too: of a mask (n, n), or of a
     # signal that has its length first.
-    later = {s for entry in inputs for dim in entry.dims[1:] for s in _symbols(dim)}
+    later = {symbol for entry in inputs for dim in entry.dims[1:] for symbol in _symbols(dim)}
 
     def claim(kind: str, dims: Sequence[int | str]) -> None:
         for dim in dims:

@@ -44,8 +44,8 @@ def wav2vec2(work: Path) -> dict[str, Picture]:
     [reason] = explain.explain(unfused, "bart", **SIZES).reasons
     options = fusion()["OPTIONS"]
     with quiet(), files.writing(fused) as draft:
-        made = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
-        made.save_model_to_file(str(draft))
+        optimised = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
+        optimised.save_model_to_file(str(draft))
     site = graph.sites(exported.model)[0]
     attention = graph.sites(graph.load(fused, weights=False))[0]
     marks = reason.marks()

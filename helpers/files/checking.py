@@ -116,7 +116,7 @@ def _checked_data(path: Path, model: onnx.ModelProto) -> set[Path]:
 
     Raises `BadInput` where it is not whole, or elsewhere than `external.place` allows.
     """
-    found = set()
+    locations = set()
     for tensor in external.tensors(model):
         file = external.place(path, tensor)
         wanted = f"{path}: expected the values of {tensor.name or 'a tensor'}"
@@ -133,5 +133,5 @@ def _checked_data(path: Path, model: onnx.ModelProto) -> set[Path]:
                 f" a length of {length if length is not None else 'none'}: truncated, or not this"
                 " model's; get the file again, or export it again"
             )
-        found.add(file)
-    return found
+        locations.add(file)
+    return locations

@@ -56,29 +56,34 @@ def refused(path: Path, error: Exception, *, named: Path | None = None) -> BadIn
     wanted = f"{named or path}: expected a model that ONNX Runtime {ort.__version__} can"
     if why := lacking(path, error):
         return BadInput(f"{wanted} run on the CPU, found {why}")
-    said = told(error, 700)
+    message = told(error, 700)
     try:
         onnx.checker.check_model(str(path))
     except Exception as also:  # of a damaged file, onnx's checker says more
         if "symbolic link" not in str(also):  # which it does not follow
-            said = told(also, 700)
+            message = told(also, 700)
     helps = "get the file again, or look at what wrote it"
-    if re.search(r"\b(ir|ir_)version\b|\bopset\b", said, re.IGNORECASE) and "import" not in said:
+    if (
+        re.search(r"\b(ir|ir_)version\b|\bopset\b", message, re.IGNORECASE)
+        and "import" not in message
+    ):
         helps = "export it again, for this version"
-    return BadInput(f"{wanted} load, found: {said}; {helps}")
+    return BadInput(f"{wanted} load, found: {message}; {helps}")
 
 
 def lacking(path: Path, error: Exception) -> str:
     """What ONNX Runtime lacks for the model at `path`, which is whole, and what helps; empty where
     `error` says that it is not whole."""
-    said = told(error, 10_000)
+    message = told(error, 10_000)
     for pattern, words in _LACKING.items():
-        if found := re.search(pattern, said):
-            parts = found.groupdict()
+        if match := re.search(pattern, message):
+            parts = match.groupdict()
             name = parts.get("at")
             types = _types(path, parts["kind"], name) if "{types}" in words else []
             parts |= {
-                one: _NAMES.get(parts[one], parts[one]) for one in ("one", "two") if one in parts
+                group: _NAMES.get(parts[group], parts[group])
+                for group in ("one", "two")
+                if group in parts
             }
             parts["at"] = f" ({name})" if name else ""
             return words.format(**parts, types=f" on {' and '.join(types)}" if types else "")
@@ -93,25 +98,29 @@ def _types(path: Path, kind: str, name: str) -> list[str]:
     model = graph.load(path, weights=False)
     with quiet(), suppress(Exception):  # what is known without it may be enough
         passes.ShapeInferencePass()(model)
-    named = [one for one in graph.nodes(model) if one.op_type == kind and name in (one.name, "")]
+    named = [
+        node for node in graph.nodes(model) if node.op_type == kind and name in (node.name, "")
+    ]
     types = {
         value.dtype
         for node in named or graph.nodes(model)
         for value in (*node.inputs, *node.outputs)
         if value is not None and value.dtype is not None and value.dtype not in _EVERYWHERE
     }
-    return sorted(_NAMES.get(one.name.lower(), one.name.lower()) for one in types)
+    return sorted(_NAMES.get(dtype.name.lower(), dtype.name.lower()) for dtype in types)
 
 
 def told(error: object, limit: int = 300) -> str:
     """What `error`, of ONNX Runtime or another library, says: one line of at most `limit`
     characters, without its codes and the places in its C++ source."""
-    said = " ".join(str(error).split())
-    said = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", said)
-    while place := _PLACE.search(said):
-        said = said[: place.start()] + said[_signature_end(said, place) :].lstrip()
-    said = said.strip(".; ") or type(error).__name__
-    return said if len(said) <= limit else f"{said[:limit].rstrip()} …"
+    message = " ".join(str(error).split())
+    message = re.sub(
+        r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed: ?)?", "", message
+    )
+    while place := _PLACE.search(message):
+        message = message[: place.start()] + message[_signature_end(message, place) :].lstrip()
+    message = message.strip(".; ") or type(error).__name__
+    return message if len(message) <= limit else f"{message[:limit].rstrip()} …"
 
 
 def raised(error: Exception) -> str:
@@ -120,20 +129,20 @@ def raised(error: Exception) -> str:
     return f"{kind}: {told(error, 1000)}" if str(error) else kind
 
 
-def _signature_end(said: str, place: re.Match) -> int:
+def _signature_end(message: str, place: re.Match) -> int:
     """Where the function's signature ends that stands behind `place`, as compilers write it."""
     if "\\" in place[0]:  # Microsoft's compiler writes the name alone
-        return place.end() + len(said[place.end() :].split(" ")[0])
-    end = start = said.find("(", place.end())
+        return place.end() + len(message[place.end() :].split(" ")[0])
+    end = start = message.find("(", place.end())
     while start >= 0:
         depth = 0
-        for end in range(start, len(said)):
-            depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(said[end], 0)
+        for end in range(start, len(message)):
+            depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(message[end], 0)
             if not depth:
                 break
-        rest = said[end + 1 :]
+        rest = message[end + 1 :]
         # ``(int)::<lambda(int)>``, ``(int) const``, ``(int) const [with T = float]``
         more = re.match(r"[^\s()\[\]][^()]*(?=\()|( const\b)? (?=\[with )| const\b", rest)
         end += 1 + (more.end() if more else 0)
-        start = end if said[end : end + 1] in ("(", "[") else -1
+        start = end if message[end : end + 1] in ("(", "[") else -1
     return max(end, place.end())

@@ -205,11 +205,11 @@ def _write_one(model: ir.Model, path: Path) -> None:
 
 def _key(field: int, length: int) -> bytes:
     """What comes before a field of bytes, or a message, in protobuf: its number and its length."""
-    found = bytearray([field << 3 | 2])
+    encoded = bytearray([field << 3 | 2])
     while length > 127:
-        found.append(length & 127 | 128)
+        encoded.append(length & 127 | 128)
         length >>= 7
-    return bytes([*found, length])
+    return bytes([*encoded, length])
 
 
 def save(model: ir.Model, path: str | Path, *, keep: Collection[Path] = ()) -> Path:

@@ -64,9 +64,6 @@ def _layer(node: ir.Node) -> str | None:
     return inner_module
 
 
-# ── Attention sites ─────────────────────────────────────────────────────────────────────────────
-
-
 def from_input(model: ir.Model) -> set[ir.Value]:
     """The values that depend on what is in the model's inputs, not on their shapes alone."""
     dependent: set[ir.Value] = {value for value in model.graph.inputs if not value.is_initializer()}

@@ -69,7 +69,9 @@ def cut_out(model: ir.Model, taken: Iterable[ir.Node]) -> ir.Model:
     inside = [node for node in copy.graph if name(node) in names]
     computed = {value for node in inside for value in node.outputs}
     reads = ir.traversal.RecursiveGraphIterator(inside)  # a branch or a body reads from around it
-    read = dict.fromkeys(v for node in reads for v in node.inputs if v and v.graph is copy.graph)
+    read = dict.fromkeys(
+        value for node in reads for value in node.inputs if value and value.graph is copy.graph
+    )
     inputs = [value for value in read if value not in computed and not value.is_initializer()]
     outputs = [
         value

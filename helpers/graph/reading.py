@@ -69,7 +69,7 @@ def _sort(inside: ir.Graph) -> None:
     computed: set[ir.Value] = set()
     for node in inside:
         reads = ir.traversal.RecursiveGraphIterator([node])
-        for value in (v for inner in reads for v in inner.inputs if v is not None):
+        for value in (value for inner in reads for value in inner.inputs if value is not None):
             if value.producer() and value.graph is inside and value not in computed:
                 inside.sort()
                 return

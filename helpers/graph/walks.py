@@ -74,11 +74,11 @@ def shortest(start: ir.Node, goals: Collection[ir.Node], step: Step[ir.Node]) ->
         return reached
 
     goal = next((node for node in walk([start], following) if node in goals), None)
-    way = []
+    nodes = []
     while goal is not None:
-        way.append(goal)
+        nodes.append(goal)
         goal = came_from[goal]
-    return way[::-1]
+    return nodes[::-1]
 
 
 def neighbours(node: ir.Node, *, up: int = 3, down: int = 3) -> list[ir.Node]:

@@ -141,10 +141,10 @@ def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
 def _from_package(architecture: Architecture) -> tuple[Path, str] | None:
     """The folder with the published files in the package that carries them, and what it is called;
     None where it is not installed. Nothing of the package is imported."""
-    found = importlib.util.find_spec(architecture.package) if architecture.package else None
-    if found is None:
+    specification = importlib.util.find_spec(architecture.package) if architecture.package else None
+    if specification is None:
         return None
-    (folder,) = found.submodule_search_locations
+    (folder,) = specification.submodule_search_locations
     return Path(folder) / "model", f", from the package {architecture.package}"
 
 
@@ -224,11 +224,11 @@ def _seeded(
 ) -> transformers.PreTrainedModel:
     import torch
 
-    made = model_class.config_class(**config)
-    made._attn_implementation = attn_implementation
+    configuration = model_class.config_class(**config)
+    configuration._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(made).eval()
+        model = model_class(configuration).eval()
         randomise(model)
     return model
 

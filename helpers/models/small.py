@@ -70,8 +70,8 @@ class Small:
     def make(self, attn_implementation: str) -> transformers.PreTrainedModel:
         """The model in evaluation mode; its own attention where it has no other."""
         kind = operator.attrgetter(self.model)(transformers)
-        known = attn_implementation if kind._supports_sdpa else "eager"
-        return models.stand_in(self.model, self.config, known)
+        implementation = attn_implementation if kind._supports_sdpa else "eager"
+        return models.stand_in(self.model, self.config, implementation)
 
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

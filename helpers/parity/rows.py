@@ -108,7 +108,7 @@ def kept(
     compared = {name: np.ones(out.shape, bool) for name, out in outputs.items()}
     for rows in empty:
         batch, number = rows.shape
-        if number not in {a.shape[1] for a in feed.arrays.values() if a.ndim > 1}:
+        if number not in {array.shape[1] for array in feed.arrays.values() if array.ndim > 1}:
             changed, depends = outputs, False
         else:
             changed = run(feed.changed(rows))

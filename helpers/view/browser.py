@@ -27,8 +27,8 @@ def chromium(given: str | Path | None = None) -> str:
     """Chromium's program: `given`, or that of the environment variable CHROMIUM, or on PATH."""
     wanted = given or os.environ.get("CHROMIUM")
     for name in (str(wanted),) if wanted else CHROMIUM:
-        if found := shutil.which(name):
-            return found
+        if located := shutil.which(name):
+            return located
     raise BadInput(
         f"{wanted or 'Chromium'}: expected a program that draws the picture, found none; install it"
         " (Debian: apt-get install chromium), or name it with --chromium or in CHROMIUM"

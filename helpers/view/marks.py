@@ -21,12 +21,6 @@ MARGIN = 16  # marks reach out of the picture that Netron drew
 PATH_GAP, BREAK_GAP = 3, 7  # from a node's box to its outline
 
 
-# ── The browser ─────────────────────────────────────────────────────────────────────────────────
-
-
-# ── The marks ───────────────────────────────────────────────────────────────────────────────────
-
-
 def mark(
     svg: str,
     nodes: Sequence[tuple[str, str]],

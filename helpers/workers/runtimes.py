@@ -56,8 +56,8 @@ def profiled(path: str) -> tuple[Model, Callable[[], list[dict]]]:
     outputs = [value.name for value in session.get_outputs()]
 
     def model(arrays: Arrays) -> Arrays:
-        found = session.run(outputs, {name: arrays[name] for name in inputs if name in arrays})
-        return dict(zip(outputs, found, strict=True))
+        results = session.run(outputs, {name: arrays[name] for name in inputs if name in arrays})
+        return dict(zip(outputs, results, strict=True))
 
     def events() -> list[dict]:
         recorded = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -97,12 +97,16 @@ def openvino(path: str, int8: bool) -> Model:
     names = [value.get_any_name() for value in compiled.inputs]
 
     def model(arrays: Arrays) -> Arrays:
-        found = request.infer({name: arrays[name] for name in names})  # it takes zeros if one lacks
-        return {value.get_any_name(): array for value, array in found.items()}
+        results = request.infer(
+            {name: arrays[name] for name in names}
+        )  # it takes zeros if one lacks
+        return {value.get_any_name(): array for value, array in results.items()}
 
     ran = (
         node.get_rt_info()["layerType"].astype(str)
         for node in compiled.get_runtime_model().get_ops()
     )
-    model.operators = Counter(one for one in ran if one not in ("Const", "Input", "Output"))
+    model.operators = Counter(
+        operator for operator in ran if operator not in ("Const", "Input", "Output")
+    )
     return model

@@ -116,8 +116,10 @@ class Worker:
         if self.hung:
             return f"no answer within {self.timeout:g} s"
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        said = self.messages.read_text(errors="replace").strip().splitlines()
-        return self._one_line(f"its process died with {how}" + (f": {said[-1]}" if said else ""))
+        message_lines = self.messages.read_text(errors="replace").strip().splitlines()
+        return self._one_line(
+            f"its process died with {how}" + (f": {message_lines[-1]}" if message_lines else "")
+        )
 
     def _one_line(self, text: str) -> str:
         """Short, and with the model's name in place of its path, so that it can be published."""
@@ -139,8 +141,8 @@ def memory(pid: int) -> float:
     except ImportError:  # it needs modules of the system's
         return math.nan
     with contextlib.suppress(psutil.Error):  # it has ended
-        told = psutil.Process(pid).memory_info()
-        return getattr(told, "peak_wset", told.rss)
+        memory_info = psutil.Process(pid).memory_info()
+        return getattr(memory_info, "peak_wset", memory_info.rss)
     return math.nan
 
 

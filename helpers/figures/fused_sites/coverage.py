@@ -63,18 +63,18 @@ def run(architecture: str, route: str, folder: Path) -> Iterator[Result]:
         yield Result(architecture, route, small.sites, fuser, *make(path))
 
 
-def judge(path: Path, made: Path) -> tuple[int, str, str]:
+def judge(path: Path, fused_path: Path) -> tuple[int, str, str]:
     """How many sites the graph `made` of that at `path` has fused; 0 with a mark where it is wrong.
 
     A graph that ONNX Runtime refuses on some inputs, as it does rotary models at opset 23, is
     compared row by row where one row runs.
     """
     try:
-        files.check(made)
+        files.check(fused_path)
         with quiet():
             cases, description = feeds.infer(path)
-            candidate = parity.compare(path, [made], cases, description).candidates[0]
-        fused = sum(site.fused for site in graph.sites(graph.load(made, weights=False)))
+            candidate = parity.compare(path, [fused_path], cases, description).candidates[0]
+        fused = sum(site.fused for site in graph.sites(graph.load(fused_path, weights=False)))
     except Exception as error:
         return 0, FAILED, files.told(error, 200)
     if not candidate.held:

@@ -9,6 +9,7 @@ Fifteen architectures of two layers by four routes of export, about 25 minutes. 
 import argparse
 import csv
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from helpers.figures import page
 from helpers.figures.fused_sites import coverage
 from helpers.figures.fused_sites.coverage import FUSERS, NONE, ROUTES, Result
 from helpers.models.small import ARCHITECTURES
+from helpers.quiet import progress_on
 
 ASSETS = Path(__file__).parents[3] / "assets"
 CSV, PICTURE = ASSETS / "fused_sites.csv", ASSETS / "fused_sites.svg"
@@ -37,7 +39,7 @@ def read() -> list[Result]:
             for row in csv.DictReader(file)
         ]
     names = list(ARCHITECTURES), list(ROUTES), FUSERS
-    place = [{name: i for i, name in enumerate(one)} for one in names]
+    place = [{name: i for i, name in enumerate(sequence)} for sequence in names]
     return sorted(
         rows, key=lambda row: (place[0][row.architecture], place[1][row.route], place[2][row.fuser])
     )
@@ -70,15 +72,15 @@ def markdown(results: Sequence[Result]) -> str:
         cells = []
         for fuser in FUSERS:
             mine = [row for row in rows if row.fuser == fuser]
-            bad = sum(bool(one.mark) for one in mine)
-            cells.append(f"{sum(one.fused for one in mine)}" + (f" ({bad} ✗)" if bad else ""))
+            bad = sum(bool(result.mark) for result in mine)
+            cells.append(f"{sum(result.fused for result in mine)}" + (f" ({bad} ✗)" if bad else ""))
         lines.append(f"| {route} | {sites} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(results: Sequence[Result]) -> None:
     """The picture: architectures by routes, and in each the fusers."""
-    found = {(result.architecture, result.route, result.fuser): result for result in results}
+    by_cell = {(result.architecture, result.route, result.fuser): result for result in results}
     wide = len(FUSERS)
     with matplotlib.rc_context({"svg.hashsalt": "fused_sites", "font.size": 8}):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -86,19 +88,19 @@ def draw(results: Sequence[Result]) -> None:
         for y, architecture in enumerate(ARCHITECTURES):
             for r, route in enumerate(ROUTES):
                 for f, fuser in enumerate(FUSERS):
-                    one = found.get((architecture, route, fuser))
-                    if one is None:
+                    result = by_cell.get((architecture, route, fuser))
+                    if result is None:
                         continue
-                    full = one.fused == one.sites
-                    kind = "all" if full else "some" if one.fused else "none"
-                    kind = "wrong" if one.mark else kind
+                    full = result.fused == result.sites
+                    kind = "all" if full else "some" if result.fused else "none"
+                    kind = "wrong" if result.mark else kind
                     x = r * (wide + 0.4) + f
                     axes.add_patch(
                         matplotlib.patches.Rectangle(
                             (x, y), 1, 1, facecolor=COLOURS[kind], edgecolor="#888888"
                         )
                     )
-                    shown = "✗" if one.mark else f"{one.fused}/{one.sites}"
+                    shown = "✗" if result.mark else f"{result.fused}/{result.sites}"
                     axes.text(x + 0.5, y + 0.5, shown, ha="center", va="center")
         middles = [r * (wide + 0.4) + f + 0.5 for r in range(len(ROUTES)) for f in range(wide)]
         axes.set_xticks(middles, FUSERS * len(ROUTES), rotation=90)
@@ -125,9 +127,9 @@ def main() -> None:
         results = [result for result in results if result.architecture != architecture]
         with tempfile.TemporaryDirectory() as folder:
             for route in ROUTES:
-                for one in coverage.run(architecture, route, Path(folder)):
-                    results.append(one)
-                    print(f"{architecture}, {route}, {one.fuser}: {text(one)}", flush=True)
+                for result in coverage.run(architecture, route, Path(folder)):
+                    results.append(result)
+                    print(f"{architecture}, {route}, {result.fuser}: {text(result)}", flush=True)
         save(results)
     results = read()
     save(results)
@@ -138,4 +140,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with progress_on(sys.stderr):
+        main()

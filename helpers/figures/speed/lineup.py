@@ -16,7 +16,7 @@ EAGER, SDPA = ("torchscript", "eager"), ("torchscript", "sdpa")
 DYNAMO, OPSET23 = ("dynamo", "sdpa"), ("opset23", "sdpa")
 
 
-def _exports(
+def export_all(
     module: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path
 ) -> tuple[dict[Export, Path], dict[Path, str]]:
     """The file of each export in `folder`, and the reasons of those that the exporter refused."""
@@ -44,7 +44,7 @@ def prepare(
     module = models.stand_in(model.model, config)
     example = model.inputs(2, lengths[0] if model.fixed else min(lengths))
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
-    paths, failed = _exports(module, tensors, folder)
+    paths, failed = export_all(module, tensors, folder)
     exported = [path for path in paths.values() if path not in failed]
     if not exported:
         raise RuntimeError(f"{model.repository}: no export: {failed}")

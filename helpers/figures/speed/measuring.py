@@ -14,6 +14,7 @@ Export files go to a temporary folder, up to 10 GB for one model.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from helpers.figures.speed import table
 from helpers.figures.speed.lineup import prepare
 from helpers.figures.speed.models import MODELS, Arrays
 from helpers.figures.speed.table import ASSETS, ROUTE_LOOKS
+from helpers.quiet import progress_on
 
 CLOSE = 1.15  # who is surely slower than this after the first rounds is not timed in the later
 FIRST = 3  # rounds in which all take part
@@ -164,4 +166,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with progress_on(sys.stderr):
+        main()
