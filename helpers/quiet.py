@@ -55,4 +55,5 @@ def notebook() -> None:
     show_progress(sys.stdout)
     logging.getLogger("helpers").propagate = False
     logging.root.addHandler(logging.NullHandler())
+    logging.getLogger("torch.onnx._internal").setLevel(logging.ERROR)  # torch has a handler for it
     warnings.simplefilter("ignore")

@@ -28,7 +28,7 @@ FORBIDDEN = {
 }
 BUDGET = collections.defaultdict(lambda: 240, wav2vec2=480)  # seconds of a run
 LARGEST = 11 * 2**30  # bytes of memory
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 TAKES = r"(?P<minutes>\w+) minutes? on 2 cores, and less than (?P<gibibytes>\d+) GiB of memory"
 PLUMBING = r"^\s*(!|%(?!matplotlib inline))|sys\.path|pip install"
 
