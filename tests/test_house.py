@@ -95,7 +95,7 @@ def test_importing_it_imports_neither_torch_nor_matplotlib(name):
 
 def test_the_readme_has_them_in_that_order():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme.partition("```text\n__main__ ")[2].partition("```")[0]
+    tree = readme.partition("```\n__main__ ")[2].partition("```")[0]
     lines = [f"__main__ {tree}".splitlines()[0], *tree.splitlines()[1:]]
     names = [line.split()[0].rstrip("/") for line in lines if not line.startswith(" ")]
     assert names == list(ORDER)

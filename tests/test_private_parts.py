@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 from onnx_ir.passes import common
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-from onnxruntime.transformers import fusion_base, onnx_model, optimizer
+from onnxruntime.transformers import fusion_base, fusion_utils, onnx_model, optimizer
 from onnxscript import rewriter
 from onnxscript.rewriter import _basics, _matcher, _pattern_ir, _rewrite_rule, ort_fusions
 
@@ -76,9 +76,9 @@ def test_the_variables_of_the_optimizers_matching():
     assert wanted <= names(model.match_parent)
     wanted = {"child_op_types", "edges", "matched_children", "children_nodes"}
     assert wanted <= names(model.match_child_path)
-    assert {"enable_shape_infer", "shape_infer_helper"} <= set(
-        inspect.getsource(model.__init__).replace(".", " ").split()
-    )
+    source = inspect.getsource(model)
+    assert "self.enable_shape_infer" in source
+    assert "self.shape_infer_helper = " in source
     assert callable(model.infer_runtime_shape)
 
 
@@ -99,6 +99,6 @@ def test_what_is_put_in_place_of_the_optimizers_own():
     assert "bert" in optimizer.MODEL_TYPES
     assert "fuse_attention" in vars(optimizer.MODEL_TYPES["bert"][0])
     assert callable(optimizer.load_model)
-    assert "numpy_helper.to_array(" in inspect.getsource(onnx_model.NumpyHelper)
+    assert "numpy_helper.to_array(" in inspect.getsource(fusion_utils.NumpyHelper)
     assert callable(numpy_helper.to_array)
     assert callable(common.InlinePass)
