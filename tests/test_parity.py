@@ -255,3 +255,13 @@ def test_outputs_of_no_dimension(tmp_path):
     path = write(tmp_path / "mean.onnx", text)
     cases, description = feeds.infer(path)
     assert parity.compare(path, [path], cases, description).held
+
+
+def test_models_are_called_as_they_were_given(tmp_path, monkeypatch):
+    write(
+        tmp_path / "a.onnx",
+        HEAD.splitlines()[0] + "\ng (float[3] x) => (float[3] y) { y = Relu (x) }",
+    )
+    monkeypatch.chdir(tmp_path)
+    report = parity.compare("a.onnx", ["../" + tmp_path.name + "/a.onnx"], *feeds.infer("a.onnx"))
+    assert (report.reference, report.worst.name) == ("a.onnx", f"../{tmp_path.name}/a.onnx")

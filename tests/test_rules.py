@@ -284,7 +284,9 @@ def only(found):
 
 
 @pytest.mark.parametrize(
-    "rules", [Scaled, [Scaled], Scaled.rule(), RewriteRuleSet([Scaled.rule()])], ids=str
+    "rules",
+    [Scaled, [Scaled], Scaled.rule(), RewriteRuleSet([Scaled.rule()])],
+    ids=["class", "list", "rule", "set"],
 )
 def test_own_rule_that_fires(rules, tmp_path):
     found = explain(plain(tmp_path), rules)

@@ -31,6 +31,7 @@ class Opened:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
+        self._given = str(path)
         self._sessions: dict[bool, ort.InferenceSession] = {}
 
     @classmethod
@@ -42,7 +43,8 @@ class Opened:
         return str(self.path)
 
     def __str__(self) -> str:
-        return str(self.path)
+        """The path as it was given, for messages."""
+        return self._given
 
     @functools.cached_property
     def contents(self) -> Contents:
