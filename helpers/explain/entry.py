@@ -62,7 +62,8 @@ def explain(
         if files.size(opened) > WORTH_COLLECTING:  # fusions and models refer to each other
             gc.collect()
         if cases and not stopped:
-            wrong_sites.judge(answer, opened, draft, *cases, model, sites)
+            compared = wrong_sites.find(opened, draft, *cases, model, sites)
+            wrong_sites.mark(answer, *compared)
     if model is not None:
         for reason in answer.reasons:
             optimizer.locate(reason, model)

@@ -25,7 +25,7 @@ class Nearest(NamedTuple):
 
 def nearest(attempt: Attempt, producers: dict[str, onnx.NodeProto]) -> Nearest | None:
     """The path that the graph has from the attempt's start to an operator of the kind wanted last;
-    None where none is near. `made` has the nodes by output.
+    None where none is near. `producers` has the nodes by output.
 
     Of all such paths the one that needs fewest changes of what was expected: an operator more costs
     1, one less costs 1, another input than expected a little (Dijkstra on the edit distance). It

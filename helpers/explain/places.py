@@ -13,6 +13,7 @@ from helpers.explain import wrong_sites
 from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, FusionWatch
 from helpers.explain.reasons import Check, Reason
 from helpers.explain.verdicts import Outcome
+from helpers.graph import walks
 from helpers.quiet import quiet
 
 
@@ -24,7 +25,7 @@ def outcome(
     watch: FusionWatch,
     in_functions: bool,
 ) -> Outcome:
-    """What became of `sites`, of `model`, in the graph `made` by the optimizer `name`."""
+    """What became of `sites`, of `model`, in the graph `optimised` by the optimizer `name`."""
     places = _Places(watch, sites)
     fused, still = _became(model, sites, optimised)
 
@@ -39,7 +40,7 @@ def outcome(
 def _became(
     model: ir.Model, sites: list[graph.Site], optimised: onnx.ModelProto
 ) -> tuple[set[int], set[int]]:
-    """Which of `sites` are one operator in the graph `made`, and which are still there unfused."""
+    """Which of `sites` are one operator in the graph `optimised`, and which are there unfused."""
     with quiet():  # onnx_ir warns of outputs that no node computes
         sites_after = graph.sites(graph.inline(ir.from_proto(optimised)))
     left = {site.node.outputs[0].name for site in sites_after if not site.fused}
@@ -177,13 +178,7 @@ class _Places:
 
     def _reached(self, start: ir.Node, own: set[ir.Node]) -> set[ir.Node]:
         """The nodes downstream of `start`, up to other sites."""
-        queue, seen = [start], {start}
-        while queue:
-            users = {user for value in queue.pop().outputs for user in value.consumers()}
-            new = users - seen - (self.products - own)
-            seen |= new
-            queue += new
-        return seen
+        return set(walks.downstream(start, stop=self.products - own))
 
 
 def _near(call: Call) -> bool:

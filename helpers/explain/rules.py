@@ -200,7 +200,7 @@ def _line(code: CodeType, wanted: parts.NodePattern | None) -> tuple[int, str]:
 def _way(
     start: ir.Node, wanted: list[parts.NodePattern], far: int = 3
 ) -> list[tuple[str, int]] | None:
-    """The way up from `found` to the nearest node that is wanted: operators and inputs."""
+    """The way up from `start` to the nearest node that is wanted: operators and inputs."""
     queue: deque[tuple[ir.Node, list]] = deque([(start, [])])
     while queue:
         node, steps = queue.popleft()

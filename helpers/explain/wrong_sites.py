@@ -21,7 +21,7 @@ import onnxruntime as ort
 from helpers import files, graph, parity
 from helpers.explain.reasons import Explanation, Verdict
 from helpers.feeds import Feed
-from helpers.graph import external
+from helpers.graph import external, walks
 
 
 @dataclass
@@ -35,22 +35,11 @@ class Piece:
     sites: list[int | str]
 
 
-def judge(
-    answer: Explanation,
-    original: files.Opened,
-    fused: str | Path,
-    cases: list[Feed],
-    description: str,
-    model: ir.Model | None = None,
-    sites: list[graph.Site] | None = None,
-) -> None:
-    """Compare the model `fused` with the `original`, and add to `answer` which sites are wrong.
-
-    `model` is the `original`, if it has been read, with its `sites`.
-    """
-    answer.parity, wrong_pieces = find(original, fused, cases, description, model, sites)
+def mark(answer: Explanation, whole: parity.Candidate, wrong: set[int | str]) -> None:
+    """Add to `answer` what `find` returned: the comparison, and which sites are wrong."""
+    answer.parity = whole
     answer.parity.name = "the optimised graph"
-    for site in wrong_pieces:
+    for site in wrong:
         if isinstance(site, str):  # it fused what is no attention
             answer.sites.append(Verdict(site, None, True, wrong=True))
         else:
@@ -66,6 +55,8 @@ def find(
     sites: list[graph.Site] | None = None,
 ) -> tuple[parity.Candidate, set[int | str]]:
     """Compare the model `fused` with the `original`, and say which of its sites are wrong.
+
+    `model` is the `original`, if it has been read, with its `sites`.
 
     Returns the comparison of all, and numbers in ``graph.sites`` of the `original`, or the
     name of a tensor where an operator stands for what was no site there. None where parity holds;
@@ -184,16 +175,12 @@ def _below(
 
 def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node]:
     """The nodes of the original graph between its tensors `stop` and `outputs`."""
-    queue, seen = deque(graph.find(model, name) for name in outputs), set()
-    while queue:
-        node = queue.popleft()
-        if node in seen:
-            continue
-        seen.add(node)
-        for value in node.inputs:
-            if value is not None and value.producer() and value.name not in stop:
-                queue.append(value.producer())
-    return seen
+
+    def above(node: ir.Node) -> list[ir.Node]:
+        inputs = (value for value in node.inputs if value is not None and value.name not in stop)
+        return [value.producer() for value in inputs if value.producer()]
+
+    return set(walks.walk((graph.find(model, name) for name in outputs), above))
 
 
 def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
@@ -209,25 +196,19 @@ def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
 def _about(
     sites: list[graph.Site], pieces: list[Piece], missing_nodes: list[ir.Node]
 ) -> set[int | str]:
-    """The sites whose pieces stand for nodes that are `gone`, or else the nearest ones above."""
+    """The sites whose pieces stand for `missing_nodes`, or else the nearest ones above."""
     about = {
         site
         for piece in pieces
         if not piece.stands_for.isdisjoint(missing_nodes)
         for site in piece.sites
     }
+    if about:
+        return about
     number = {site.context: i for i, site in enumerate(sites) if site.context}
-    queue, seen = deque(() if about else missing_nodes), set()
-    while queue:
-        node = queue.popleft()
-        if node in number:
-            return {number[node]}
-        makers = [
-            value.producer() for value in node.inputs if value is not None and value.producer()
-        ]
-        queue.extend(maker for maker in makers if maker not in seen)
-        seen.update(makers)
-    return about
+    above = (number[node] for node in walks.upstream(*missing_nodes) if node in number)
+    nearest = next(above, None)
+    return set() if nearest is None else {nearest}
 
 
 def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:

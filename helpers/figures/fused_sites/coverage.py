@@ -64,7 +64,7 @@ def run(architecture: str, route: str, folder: Path) -> Iterator[Result]:
 
 
 def judge(path: Path, fused_path: Path) -> tuple[int, str, str]:
-    """How many sites the graph `made` of that at `path` has fused; 0 with a mark where it is wrong.
+    """How many sites `fused_path` has fused of those at `path`; 0 with a mark where it is wrong.
 
     A graph that ONNX Runtime refuses on some inputs, as it does rotary models at opset 23, is
     compared row by row where one row runs.
