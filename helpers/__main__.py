@@ -94,7 +94,7 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     if arguments.what_if:
         own_level = choice.pop("opt_level")
         levels = [level for level in explain.LEVELS if level != own_level]
-        explanation.what_if = explain.what_if(model.path, opt_levels=levels, **choice)
+        explanation.what_if = explain.what_if(model, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, explanation)
     status = FAILED if explanation.parity and not explanation.parity.held else DONE

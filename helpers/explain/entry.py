@@ -55,7 +55,7 @@ def explain(
     cases = feeds.read(inputs, opened) if parity else None
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "fused.onnx" if parity else None
-        outcome = _applied(opened.path, given, draft, choice)
+        outcome = _applied(opened, given, draft, choice)
         answer = Explanation(outcome.optimizer, *judged(outcome))
         model, sites, stopped = outcome.model, outcome.sites, outcome.stopped
         del outcome
@@ -71,18 +71,18 @@ def explain(
 
 
 def _applied(
-    path: str | Path, given: dict[str, Any], draft: Path | None, choice: dict[str, Any]
+    opened: files.Opened, given: dict[str, Any], draft: Path | None, choice: dict[str, Any]
 ) -> Outcome:
     """Apply the fusion that is `given`."""
     if given["rules"] is None:
-        return optimizer.applied(path, given["model_type"], given["fusion"], draft, **choice)
+        return optimizer.applied(opened, given["model_type"], given["fusion"], draft, **choice)
     from helpers.explain import rules  # onnxscript takes a second to import
 
-    return rules.applied(path, given["rules"], draft, **choice)
+    return rules.applied(opened, given["rules"], draft, **choice)
 
 
 def what_if(
-    paths: Mapping[str, str | Path] | str | Path,
+    paths: Mapping[str, str | Path | files.Opened] | str | Path | files.Opened,
     model_type: str | None = None,
     *,
     opt_levels: Iterable[int] = LEVELS,
@@ -97,9 +97,10 @@ def what_if(
     named = paths if isinstance(paths, Mapping) else {Path(paths).name: paths}
     rows = []
     for label, path in named.items():
+        opened = files.Opened.of(path)
         for level in opt_levels:
             logger.info(f"{label} at opt_level {level} …")
-            answer = explain(path, model_type, opt_level=level, parity=True, **choice)
+            answer = explain(opened, model_type, opt_level=level, parity=True, **choice)
             fused = sum(site.fused for site in answer.sites)
             rows.append(
                 {

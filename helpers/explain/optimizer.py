@@ -25,7 +25,7 @@ from helpers.quiet import quiet
 
 
 def applied(
-    path: str | Path,
+    opened: files.Opened,
     model_type: str | None,
     fusion: str | type | None,
     draft: Path | None,
@@ -36,7 +36,7 @@ def applied(
     options: Any = None,
     save: str | Path | None = None,
 ) -> Outcome:
-    """Run ``onnxruntime.transformers.optimizer`` on the file at `path`.
+    """Run ``onnxruntime.transformers.optimizer`` on the file that is `opened`.
 
     `model_type` is a key of its MODEL_TYPES, or of one that was registered there; or `fusion` is a
     subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
@@ -53,23 +53,21 @@ def applied(
         raise files.BadInput(
             f"hidden size {hidden_size}: expected a multiple of the {num_heads} heads; give both"
         )
-    before = onnx.load(path, load_external_data=False)
-    in_functions = bool(before.functions)
-    names, tensors = graph.names_in(before)
-    model = graph.inline(ir.from_proto(graph.without_weights(before)))
-    del before
+    contents = opened.contents
+    model = contents.model.clone()  # whose shapes may be inferred
     with chosen.registered(model_type, fusion) as (key, class_, also):
-        watch = FusionWatch([class_], names, tensors, _conclude, also)
+        watch = FusionWatch([class_], contents.nodes, contents.tensors, _conclude, also)
         choice = (num_heads, hidden_size, options, opt_level)
-        optimised = _optimised(path, key, watch, save, draft, *choice)
+        optimised = _optimised(opened, key, watch, save, draft, *choice)
         sites = graph.sites(model)
         if isinstance(optimised, Reason):
             return stopped(class_.__name__, sites, optimised, model)
+        in_functions = contents.has_functions
         return places.outcome(class_.__name__, model, sites, optimised, watch, in_functions)
 
 
 def _optimised(
-    path: str | Path,
+    opened: files.Opened,
     name: str,
     watch: FusionWatch,
     save: str | Path | None,
@@ -82,14 +80,14 @@ def _optimised(
 
     with quiet():
         ort.set_default_logger_severity(4)  # what the optimizer's own sessions would print
-        light = not save and not draft and files.size(path) > files.ONE_FILE
+        light = not save and not draft and files.size(opened) > files.ONE_FILE
         reading = chosen.without_large_weights if light else chosen.following_links
         try:
             with watch, reading():
-                optimised = optimizer.optimize_model(str(path), name, *choice)
+                optimised = optimizer.optimize_model(str(opened.path), name, *choice)
         except ModuleNotFoundError as error:  # of a package that it needs, PyTorch
             light = ", or take --opt-level 0 and no --what-if" if error.name == "torch" else ""
-            raise packages.missing(error, path, light) from None
+            raise packages.missing(error, opened.path, light) from None
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
             optimised = _raised(watch, error)
         finally:

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import ort_fusions, pattern
@@ -287,8 +286,8 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
     return pattern.RewriteRuleSet(rule_list)
 
 
-def applied(path: str | Path, rules: Any, draft: Path | None) -> Outcome:
-    """Apply rewrite rules to the model at `path`; what they make is written to `draft`.
+def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
+    """Apply rewrite rules to the model that is `opened`; what they make is written to `draft`.
 
     `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``,
     "FILE.py:NAME" of one, or a list of them, applied as ``onnxscript.rewriter.rewrite`` does.
@@ -298,13 +297,10 @@ def applied(path: str | Path, rules: Any, draft: Path | None) -> Outcome:
     """
     rule_set = None if rules == "onnxscript" else _rule_set(rules)
     optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
-    proto = onnx.load(path, load_external_data=False)
-    names = graph.names_in(proto)
-    del proto  # it may hold the weights
-    model = graph.load(path)
+    model = graph.load(opened.path)  # rules change it, and read its weights
     sites = graph.sites(model)
     made: set[ir.Node | ir.Value] = set()
-    reasons = _Reasons(IrWriter(*names, made))
+    reasons = _Reasons(IrWriter(opened.contents.nodes, opened.contents.tensors, made))
     watched = _is_attention if rule_set is None else rule_set.rules.__contains__
     watch = RuleWatch(sites, watched, reasons.conclude, made)
     with quiet(), watch:

@@ -63,8 +63,9 @@ def find(
     every fused one where the fault is in none alone. Of a model that does not load, those are wrong
     that have taken away what is read elsewhere.
     """
-    path, fused = original.path, Path(fused).absolute()
-    whole = parity.compare(original, [_candidate(path, fused)], cases, description).candidates[0]
+    fused = Path(fused).absolute()
+    candidate = _candidate(original, fused)
+    whole = parity.compare(original, [candidate], cases, description).candidates[0]
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
@@ -78,7 +79,7 @@ def find(
         return whole, _about(sites, all_pieces, missing_nodes) or every
     tensors = list(dict.fromkeys(name for piece in all_pieces for name in piece.outputs))
     boundary = list(dict.fromkeys(name for piece in all_pieces for name in piece.inputs))
-    around = _around(path, list(dict.fromkeys([*tensors, *boundary])))
+    around = _around(original.path, list(dict.fromkeys([*tensors, *boundary])))
     runs = [_runner(piece, proto, around, tensors) for piece in all_pieces]
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
@@ -98,12 +99,12 @@ def find(
     return whole, wrong or every
 
 
-def _candidate(path: Path, fused: Path) -> parity.Model:
+def _candidate(original: files.Opened, fused: Path) -> parity.Model:
     """The model `fused`, given those inputs of the `original` that it still has."""
-    before, after = (
-        {value.name for value in onnx.load(file, load_external_data=False).graph.input}
-        for file in (path, fused)
-    )
+    before = {value.name for value in original.model.graph.inputs}
+    proto = onnx.load(fused, load_external_data=False)
+    after = {value.name for value in proto.graph.input}
+    del proto  # it holds the weights
     if not after < before:
         return fused
     session: list[ort.InferenceSession] = []

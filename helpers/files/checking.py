@@ -40,19 +40,18 @@ def checked(path: str | Path, *, notes: list[str] | None = None) -> Opened:
     proto = _parsed(opened.path)
     data = _checked_data(opened.path, proto)
     try:
-        model = ir.from_proto(graph.without_weights(proto))
+        opened.contents = Contents.of(proto, data)
         del proto  # the session reads the file again
         if opened.path.stat().st_size > SLOW:
             gc.collect()  # models are in cycles
             give_back()
-        opened.contents = Contents(model, data)
         opened.session(optimise=False)
     except Exception as error:  # each library raises its own types; all mean that it does not load
         why = lacking(opened.path, error)
         if notes is None or not why:
             raise refused(opened.path, error) from None
         notes.append(f"ONNX Runtime {ort.__version__} does not run it on the CPU: {why}")
-    graph.inline(model)
+    graph.inline(opened.model)
     return opened
 
 

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -17,10 +18,24 @@ KEPT_UP_TO = 2**29  # bytes of a model whose sessions are kept: what is larger f
 
 
 class Contents(NamedTuple):
-    """A graph without weights, and the files that hold its external data."""
+    """A graph without weights, and the files that hold its external data.
+
+    `nodes` and `tensors` are all names in the file, those in its functions too, of which the graph
+    has none left once they are inlined; `has_functions` is whether it had any.
+    """
 
     model: ir.Model
     data: set[Path]
+    nodes: set[str]
+    tensors: set[str]
+    has_functions: bool
+
+    @classmethod
+    def of(cls, proto: onnx.ModelProto, data: set[Path]) -> Contents:
+        """What `proto` holds, which loses its large weights; its functions are not inlined yet."""
+        nodes, tensors = graph.names_in(proto)
+        model = ir.from_proto(graph.without_weights(proto))
+        return cls(model, data, nodes, tensors, bool(proto.functions))
 
 
 class Opened:
@@ -51,7 +66,9 @@ class Opened:
         """What one reading of the file gives. Raises what `graph.load` raises."""
         proto, folder = external.read(self.path)
         files = {folder / external.location(tensor) for tensor in external.tensors(proto)}
-        return Contents(graph.inline(ir.from_proto(graph.without_weights(proto))), files)
+        contents = Contents.of(proto, files)
+        graph.inline(contents.model)
+        return contents
 
     @property
     def model(self) -> ir.Model:
