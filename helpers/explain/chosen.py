@@ -10,121 +10,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-from onnx import numpy_helper
-from onnx.external_data_helper import (
-    load_external_data_for_model,
-    load_external_data_for_tensor,
-)
-
-from helpers import files, graph
-from helpers.graph import external
+from helpers import files
+from helpers.explain import onnxruntime_parts as parts
 
 
 @contextlib.contextmanager
 def registered(
     model_type: str | None, fusion: str | type | None
 ) -> Iterator[tuple[str, type, tuple[type, ...]]]:
-    """The key of MODEL_TYPES to run, its class, and the fusions to watch besides those known."""
-    from onnxruntime.transformers import optimizer
-
-    types = optimizer.MODEL_TYPES
+    """The model type to run, its optimizer's class, and what fusions to watch besides its own."""
     if fusion is None:
-        if model_type not in types:
-            listed = ", ".join(sorted(types))
+        optimizers = parts.optimizers()
+        if model_type not in optimizers:
+            listed = ", ".join(sorted(optimizers))
             raise files.BadInput(f"model type {model_type}: expected one of {listed}")
-        yield model_type, types[model_type][0], ()
+        yield model_type, optimizers[model_type], ()
         return
     class_ = loaded(fusion) if isinstance(fusion, str) else fusion
-    bases = {base.__name__ for base in getattr(class_, "__mro__", ())[1:]}
-    if "OnnxModel" in bases:
-        optimizer_class, also = class_, ()
-    elif "Fusion" in bases:
-        optimizer_class, also = _in_bert(class_, types["bert"][0]), (class_,)
+    if parts.is_optimizer(class_):
+        optimizer, also = class_, ()
+    elif parts.is_fusion(class_):
+        optimizer, also = parts.in_bert(class_), (class_,)
     else:
         raise files.BadInput(
             f"{fusion}: expected a subclass of onnxruntime.transformers' Fusion or OnnxModel,"
             f" found {class_!r}; name another"
         )
-    key = f"{class_.__name__} {id(class_)}"
-    types[key] = (optimizer_class, "pytorch", types["bert"][2])
-    try:
-        yield key, optimizer_class, also
-    finally:
-        del types[key]
-
-
-def _in_bert(fusion: type, bert: type) -> type:
-    """BERT's optimizer with `fusion` in the place of its attention fusion."""
-
-    def fuse_attention(self: Any) -> None:
-        given = {
-            "model": self,
-            "hidden_size": self.hidden_size,
-            "num_heads": self.num_heads,
-            "attention_mask": self.attention_mask,
-        }
-        wanted = inspect.signature(fusion).parameters
-        fusion(**{name: value for name, value in given.items() if name in wanted}).apply()
-
-    return type(fusion.__name__, (bert,), {"fuse_attention": fuse_attention})
-
-
-@contextlib.contextmanager
-def following_links() -> Iterator[None]:
-    """Have the optimizer read models whose data files are links, as in a hub's cache.
-
-    onnx follows no link; those of `external.read` have been followed.
-    """
-    from onnxruntime.transformers import optimizer
-
-    load = optimizer.load_model
-
-    def through(path: str, *args: Any, **kwargs: Any) -> onnx.ModelProto:
-        model, beside = external.read(path)
-        if kwargs.get("load_external_data", True):
-            load_external_data_for_model(model, str(beside))
-        return model
-
-    optimizer.load_model = through
-    try:
-        yield
-    finally:
-        optimizer.load_model = load
-
-
-@contextlib.contextmanager
-def without_large_weights() -> Iterator[None]:
-    """Have the optimizer leave large weights in the files that they are in.
-
-    Its fusions need their shapes alone, and a model over 2 GB takes five times as much of memory.
-    Where one is read all the same, zeros are given, as its own ``NumpyHelper`` does on request.
-    """
-    from onnxruntime.transformers import optimizer
-
-    load, to_array = optimizer.load_model, numpy_helper.to_array
-
-    def light(path: str, *args: Any, **kwargs: Any) -> onnx.ModelProto:
-        model, beside = external.read(path)
-        if kwargs.get("load_external_data", True):
-            for tensor in external.tensors(model):
-                if ir.from_proto(tensor).nbytes <= graph.LEFT_OUT_ABOVE:
-                    load_external_data_for_tensor(tensor, str(beside))
-                    tensor.data_location = onnx.TensorProto.DEFAULT
-        return model
-
-    def zeros(tensor: onnx.TensorProto, *args: Any, **kwargs: Any) -> np.ndarray:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return np.zeros(tensor.dims, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        return to_array(tensor, *args, **kwargs)
-
-    optimizer.load_model, numpy_helper.to_array = light, zeros
-    try:
-        yield
-    finally:
-        optimizer.load_model, numpy_helper.to_array = load, to_array
+    with parts.registered(optimizer) as own_type:
+        yield own_type, optimizer, also
 
 
 def loaded(named: str) -> Any:
@@ -141,8 +54,7 @@ def loaded(named: str) -> Any:
     if spec is None:
         raise files.BadInput(f"{named}: expected FILE.py:CLASS, found no Python file; name one")
     module = importlib.util.module_from_spec(spec)
-    import onnxruntime.transformers.optimizer  # noqa: F401  its folder is on sys.path from then on
-
+    parts.on_path()
     sys.path.insert(0, str(path.resolve().parent))  # for what it imports, as if it were run
     try:
         spec.loader.exec_module(module)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import onnx
 
 from helpers.explain.reasons import Attempt, Node
+from helpers.graph import walks
 
 STEPS = 20_000  # of the search for a path, at the most
 
@@ -117,12 +118,12 @@ def unvisited(attempt: Attempt, attempts: Iterable[Attempt]) -> list[Node]:
 
 def related(tensors: list[str], producers: dict[str, onnx.NodeProto], *, steps: int = 3) -> bool:
     """Whether one of `tensors` is made from another by at most so many nodes."""
-    for tensor in tensors:
-        level = [tensor]
-        for _ in range(steps):
-            level = [
-                name for tensor in level if tensor in producers for name in producers[tensor].input
-            ]
-            if any(other in level for other in tensors if other != tensor):
-                return True
-    return False
+
+    def above(name: str) -> Iterable[str]:
+        return producers[name].input if name in producers else ()
+
+    return any(
+        near != tensor and near in tensors
+        for tensor in tensors
+        for near in walks.walk([tensor], above, far=steps)
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import CodeType, FrameType
@@ -19,6 +19,8 @@ from typing import Any
 
 import onnx
 
+from helpers.explain import onnxruntime_parts as parts
+from helpers.explain import shape_inference
 from helpers.explain.calls import Step
 from helpers.explain.reasons import Attempt, Node, Reason
 
@@ -28,8 +30,6 @@ NORMALIZATIONS = {
     *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
 }
 
-_INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-
 
 @dataclass
 class Call:
@@ -38,7 +38,7 @@ class Call:
     fusion: Any
     anchor: Node
     step: Step
-    made: dict[str, onnx.NodeProto] = field(repr=False, default_factory=dict)  # by output
+    producers: dict[str, onnx.NodeProto] = field(repr=False, default_factory=dict)  # by output
     done: bool = False
     reason: Reason | None = None  # why not, where it did not change the graph
     raised: bool = False
@@ -56,12 +56,12 @@ class Call:
 class FusionWatch:
     """In a ``with`` block, record each `fuse` of the fusions that make attentions or their anchors.
 
-    `bases` are classes whose ``match_parent_path`` is watched, along their MRO, and whose `apply`
-    is, if they are fusions (the package has two copies of ``OnnxModel``, by two names of import).
+    `bases` are classes whose matching of paths is watched, along their MRO, and whose `apply` is,
+    if they are fusions (the package has two copies of ``OnnxModel``, by two names of import).
     `names` and `tensors` are those in the file; `also` are classes of fusions to watch besides.
     `conclude` is asked for the reason when a `fuse` has returned, since later fusions change what
-    its variables refer to. `unfinished` is the model of the last fusion that was applied, `stopped`
-    the nodes at which the optimizer's own shape inference failed, if it did.
+    its variables refer to. `last` is the fusion that was applied last, `stopped` the nodes at which
+    the optimizer's own shape inference failed, if it did.
     """
 
     def __init__(
@@ -74,32 +74,15 @@ class FusionWatch:
     ) -> None:
         self.calls: list[Call] = []
         self.anchors: dict[str, list[str]] = {}  # of the fusions for attention, by their classes
-        self.unfinished: Any = None
+        self.last: Any = None
         self.stopped: list[onnx.NodeProto] = []
         self.replaced: dict[str, list[onnx.NodeProto]] = {}  # by output of what a fusion made
         self._names, self._tensors, self._conclude, self.also = names, tensors, conclude, also
-        mro = [class_ for base in (*bases, *also) for class_ in base.__mro__]
-        mro += [
-            sys.modules[module].__dict__[name]
-            for prefix in ("", "onnxruntime.transformers.")
-            for module, name in (
-                (f"{prefix}onnx_model", "OnnxModel"),
-                (f"{prefix}fusion_base", "Fusion"),
-            )
-            if module in sys.modules
-        ]
-        own = {class_: vars(class_) for class_ in mro}
-        self._path = _codes("match_parent_path", own.values())
-        self._step = _codes("match_parent", own.values())
-        self._down = _codes("match_child_path", own.values())
-        self._patched = [
-            (class_, name, patch)
-            for name, patch in (("apply", self._traced), ("infer_runtime_shape", self._inferring))
-            for class_, v in own.items()
-            if name in v
-        ]
+        watched = parts.classes([*bases, *also])
+        self._patched = parts.wrapped(watched, self._traced, self._inferring)
         self._files: set[str] = set()  # of the code whose calls are recorded within `fuse`
-        self._kinds: dict[CodeType, Callable | None] = {}
+        followers = (self._path_called, self._step_called, self._down_called)
+        self._followers: dict[CodeType, Callable | None] = parts.matching(watched, *followers)
         self._open: list[tuple[FrameType, Step]] = []
         self._call: Call | None = None
         self._attempt: Attempt | None = None  # the path that is being matched
@@ -117,10 +100,10 @@ class FusionWatch:
     def _inferring(self, infer: Callable) -> Callable:
         @functools.wraps(infer)
         def inferring(model: Any, *args: Any, **kwargs: Any) -> Any:
-            wanted, inferred = model.enable_shape_infer, infer(model, *args, **kwargs)
+            wanted, inferred = parts.infers_shapes(model), infer(model, *args, **kwargs)
             if wanted and inferred is None and not self.stopped:
-                raised = not model.enable_shape_infer  # which it then turns off
-                self.stopped = _incomplete(model.shape_infer_helper, raised)
+                raised = not parts.infers_shapes(model)
+                self.stopped = shape_inference.stopped_at(parts.inferred(model), raised)
             return inferred
 
         return inferring
@@ -129,11 +112,11 @@ class FusionWatch:
         @functools.wraps(apply)
         def traced(fusion: Any) -> None:
             """Trace these fusions alone: under a trace, all the rest takes half as long again."""
-            self.unfinished = fusion.model
+            self.last = fusion
             before = sys.gettrace()
             if self.attends(fusion):
-                self.anchors[type(fusion).__name__] = list(fusion.search_op_types)
-            if self.attends(fusion) or fusion.fused_op_type in NORMALIZATIONS:
+                self.anchors[type(fusion).__name__] = parts.anchors(fusion)
+            if self.attends(fusion) or parts.makes(fusion) in NORMALIZATIONS:
                 sys.settrace(self._called)
             try:
                 apply(fusion)
@@ -149,7 +132,7 @@ class FusionWatch:
 
     def attends(self, fusion: Any) -> bool:
         """Whether `fusion` makes attention operators, or is one that was to be watched besides."""
-        return "Attention" in fusion.fused_op_type or isinstance(fusion, self.also)
+        return "Attention" in parts.makes(fusion) or isinstance(fusion, self.also)
 
     def node(self, proto: onnx.NodeProto) -> Node:
         """`proto` under the name that the file has for it."""
@@ -163,49 +146,34 @@ class FusionWatch:
     # ── The trace ───────────────────────────────────────────────────────────────────────────────
 
     def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
-        code = frame.f_code  # f_locals is dear, and most calls are none of ours
-        if code.co_name == "fuse" and self._call is None:
-            return self._fuse_called(frame)
         if self._call is None:
-            return None
-        if code not in self._kinds:
-            inner = code.co_filename in self._files or (
-                PurePath(code.co_filename).name.startswith("fusion_")
-                and not PurePath(code.co_filename).name.startswith("fusion_utils")
-            )
-            self._kinds[code] = (
-                self._path_called
-                if code in self._path
-                else self._step_called
-                if code in self._step
-                else self._down_called
-                if code in self._down
-                else self._inner_called
-                if inner and not code.co_name.startswith("<")
-                else None
-            )
-        kind = self._kinds[code]
-        return kind(frame) if kind else None
+            return self._fuse_called(frame)
+        code = frame.f_code  # f_locals is dear, and most calls are none of ours
+        if code not in self._followers:
+            inner = code.co_filename in self._files or parts.is_of_fusions(code)
+            named = not code.co_name.startswith("<")
+            self._followers[code] = self._inner_called if inner and named else None
+        follower = self._followers[code]
+        return follower(frame) if follower else None
 
     def _fuse_called(self, frame: FrameType) -> Callable | None:
-        local, names = frame.f_locals, frame.f_code.co_varnames
-        fusion, proto = local.get("self"), local.get(names[1]) if len(names) > 1 else None
-        if not isinstance(proto, onnx.NodeProto) or not hasattr(fusion, "nodes_to_add"):
+        started = parts.started(frame)
+        if started is None:
             return None
+        fusion, anchor, producers = started
         self._files = {frame.f_code.co_filename}
         step = Step(frame.f_code, 0, names=frame.f_globals)
-        producers = next((v for v in local.values() if _by_output(v, proto)), {})
-        self._call = Call(fusion, self.node(proto), step, producers)
+        self._call = Call(fusion, self.node(anchor), step, producers)
         self.calls.append(self._call)
-        before = len(fusion.nodes_to_add), len(fusion.nodes_to_remove)
+        before = parts.changes(fusion)
         self._open = [(frame, step)]
 
         def returned(frame: FrameType, value: Any) -> None:
             self._inner_returned(frame, value)
             call, self._call, self._attempt = self._call, None, None
-            call.done = before != (len(fusion.nodes_to_add), len(fusion.nodes_to_remove))
-            for added in fusion.nodes_to_add[before[0] :]:
-                self.replaced[added.output[0]] = fusion.nodes_to_remove[before[1] :]
+            call.done = before != parts.changes(fusion)
+            added, removed = parts.nodes_since(before, fusion)
+            self.replaced.update((proto.output[0], removed) for proto in added)
             if not call.done:
                 try:
                     call.reason = self._conclude(self, call)
@@ -226,51 +194,41 @@ class FusionWatch:
         step.line, step.local, step.value = frame.f_lineno, dict(frame.f_locals), value
 
     def _path_called(self, frame: FrameType) -> Callable:
-        local = frame.f_locals
-        inputs, wanted = local["parent_input_index"], list(local["parent_op_types"])
-        inputs = [None] * len(wanted) if inputs is None else list(inputs)
-        self._attempt = self._start(frame, wanted, inputs)
+        self._attempt = self._asked(parts.asked_path(frame))
         return self._watching(frame, self._path_returned)
 
     def _path_returned(self, _frame: FrameType, _value: Any) -> None:
         self._attempt = None
 
     def _step_called(self, frame: FrameType) -> Callable:
-        local, attempt = frame.f_locals, self._attempt
+        attempt = self._attempt
         if attempt is None:  # asked for by itself: a path of one step
-            attempt = self._start(frame, [local["parent_op_type"]], [local["input_index"]])
+            attempt = self._asked(parts.asked_step(frame))
         return self._watching(frame, functools.partial(self._step_returned, attempt))
 
     def _step_returned(self, attempt: Attempt, frame: FrameType, value: Any) -> None:
         if value is not None:
             attempt.matched.append(self.node(value))
             return
-        local = frame.f_locals
-        node, index = local["node"], local["input_index"]
-        producers = local["output_name_to_node"] or local["self"].output_name_to_node()
-        if not self._call.made:
-            self._call.made = producers
-        names = node.input if index is None else node.input[index : index + 1]
-        attempt.found = [self.node(producers[name]) for name in names if name in producers]
+        above = parts.above(frame)
+        if not self._call.producers:
+            self._call.producers = above.producers
+        attempt.found = [self.node(proto) for proto in above.nodes]
 
     def _down_called(self, frame: FrameType) -> Callable:
-        local = frame.f_locals
-        wanted, edges = list(local["child_op_types"]), local["edges"]
-        inputs = [None] * len(wanted) if edges is None else [index for _, index in edges]
-        attempt = self._start(frame, wanted, inputs)
+        attempt = self._asked(parts.asked_down(frame))
         attempt.down = True
 
         def returned(frame: FrameType, value: Any) -> None:
-            local = frame.f_locals
-            attempt.matched = [self.node(proto) for proto in local.get("matched_children", ())]
+            attempt.matched = [self.node(proto) for proto in parts.matched_down(frame)]
             if value is None:
-                attempt.found = [self.node(proto) for proto in local.get("children_nodes", ())][:2]
+                attempt.found = [self.node(proto) for proto in parts.below(frame)][:2]
 
         return self._watching(frame, returned)
 
-    def _start(self, frame: FrameType, wanted: list[str], inputs: list[int | None]) -> Attempt:
+    def _asked(self, asked: parts.Asked) -> Attempt:
         caller, step = self._open[-1]
-        attempt = Attempt(self.node(frame.f_locals["node"]), wanted, inputs)
+        attempt = Attempt(self.node(asked.start), asked.operators, asked.inputs)
         step.attempts.append((caller.f_lineno, attempt))
         return attempt
 
@@ -286,36 +244,6 @@ class FusionWatch:
         return local
 
 
-def _incomplete(inference: Any, raised: bool) -> list[onnx.NodeProto]:
-    """The node at which SymbolicShapeInference stopped (it goes through them in their order), or,
-    where it raised, that and the one after it, since either may be at fault; and before them the
-    nodes by which it lost the values of a shape that these read."""
-    known, model = getattr(inference, "known_vi_", {}), getattr(inference, "out_mp_", None)
-    nodes, last = model.graph.node if model else (), []
-    for proto in nodes:
-        if any(name and name not in known for name in proto.output):
-            last = [*last, proto] if raised else last
-            break
-        last = [proto]
-    producers = {name: node for node in nodes for name in node.output}
-    values, lost = getattr(inference, "sympy_data_", {}), []
-    queue, seen = [name for node in last for name in node.input], set()
-    while queue:
-        name = queue.pop()
-        of_integers = name in known and known[name].type.tensor_type.elem_type in _INTEGERS
-        if name in seen or name in values or name not in producers or not of_integers:
-            continue
-        seen.add(name)
-        missing = [
-            tensor
-            for tensor in producers[name].input
-            if tensor in producers and tensor not in values
-        ]
-        lost += [] if missing else [producers[name]]
-        queue += missing
-    return [*lost, *last]
-
-
 def _unread(call: Call, error: Exception) -> Reason:
     file = PurePath(call.step.code.co_filename).name
     message = f"its code could not be followed: {type(error).__name__}: {error}"
@@ -323,11 +251,3 @@ def _unread(call: Call, error: Exception) -> Reason:
     return Reason(
         name, "check", "other_check", file=file, line=line, anchor=call.anchor, message=message
     )
-
-
-def _codes(name: str, classes: Iterable[Mapping[str, Any]]) -> set[CodeType]:
-    return {class_[name].__code__ for class_ in classes if hasattr(class_.get(name), "__code__")}
-
-
-def _by_output(value: Any, proto: onnx.NodeProto) -> bool:
-    return isinstance(value, dict) and value.get(proto.output[0]) is proto

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.explain import onnxruntime_parts as parts
 from helpers.explain import wrong_sites
 from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, FusionWatch
 from helpers.explain.reasons import Check, Reason
@@ -73,7 +74,7 @@ class _Places:
         makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
         self.calls: dict[str, list[Call]] = {}
         for call in watch.calls:
-            early = call.fusion.fused_op_type in makes and _near(call)
+            early = parts.makes(call.fusion) in makes and _near(call)
             if not call.done and (watch.attends(call.fusion) or early):
                 self.calls.setdefault(call.anchor.output, []).append(call)
         self.products = {

@@ -10,7 +10,7 @@ from pathlib import PurePath
 import onnx_ir as ir
 
 from helpers import files, graph
-from helpers.explain import slicing
+from helpers.explain import onnxruntime_parts, slicing
 from helpers.explain.reasons import Check, Reason, Verdict
 from helpers.explain.words import Writer
 
@@ -80,7 +80,11 @@ def raised(error: Exception, fusion: str | None, writer: Writer | None = None) -
     With `writer`, the values of what the failing line reads are told.
     """
     frames = list(traceback.walk_tb(error.__traceback__))
-    own = [pair for pair in frames if PurePath(pair[0].f_code.co_filename).name != "fusion_base.py"]
+    own = [
+        (frame, line)
+        for frame, line in frames
+        if PurePath(frame.f_code.co_filename).name != onnxruntime_parts.APPLYING
+    ]
     frame, line = own[-1] if own else frames[-1]
     step = slicing.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
     reason = Reason(fusion, "raised", "raised", file=slicing.file_of(frame.f_code), line=line)

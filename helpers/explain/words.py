@@ -46,13 +46,13 @@ def written_node(node: Node, inputs: Iterable[str], outputs: Iterable[str]) -> s
 class ProtoWriter(Writer):
     """Writes what ONNX Runtime's fusions hold: protobuf's nodes, and tensors by their names.
 
-    `made` has the nodes by output; `name` gives a node under the file's name for it.
+    `producers` has the nodes by output; `name` gives a node under the file's name for it.
     """
 
     def __init__(
-        self, made: dict[str, onnx.NodeProto], name: Callable[[onnx.NodeProto], Node]
+        self, producers: dict[str, onnx.NodeProto], name: Callable[[onnx.NodeProto], Node]
     ) -> None:
-        self._made, self._name = made, name
+        self._producers, self._name = producers, name
 
     def write(self, value: Any) -> str | None:
         if isinstance(value, onnx.NodeProto):
@@ -70,7 +70,7 @@ class ProtoWriter(Writer):
         return self._plain(value)
 
     def _tensor(self, name: str) -> str:
-        above = self._made.get(name)
+        above = self._producers.get(name)
         return f"{name} (from {above.op_type} {self._name(above).name})" if above else repr(name)
 
 
