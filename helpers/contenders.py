@@ -189,11 +189,12 @@ def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender
             for node in graph.nodes(graph.load(path, weights=False))
             if node.op_type == "Attention"
         }
+        only_microsoft = domains == {graph.MICROSOFT}
         with files.writing(target) as draft:
             quantization.quantize_dynamic(
                 str(path),
                 str(draft),
-                op_types_to_quantize=["MatMul", "Attention"][: 1 + (domains == {graph.MICROSOFT})],
+                op_types_to_quantize=["MatMul", "Attention"] if only_microsoft else ["MatMul"],
                 per_channel=per_channel,
                 weight_type=quantization.QuantType.QInt8,
                 extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},

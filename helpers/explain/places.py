@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import itertools
 
 import onnx
 import onnx_ir as ir
@@ -123,13 +123,11 @@ class _Places:
 
     def _after(self, site: graph.Site, number: int = 10) -> list[ir.Node]:
         """The first nodes after the product with the values, without those that make shapes."""
-        queue, nodes = deque([site.context or site.node]), []
-        while queue and len(nodes) < number:
-            users = [user for value in queue.popleft().outputs for user in value.consumers()]
-            new = [user for user in users if user not in nodes and user.op_type != "Shape"]
-            nodes += new
-            queue.extend(new)
-        return nodes[:number]
+
+        def below(node: ir.Node) -> list[ir.Node]:
+            return [reader for reader in walks.consumers(node) if reader.op_type != "Shape"]
+
+        return list(itertools.islice(walks.walk([site.context or site.node], below), 1, number + 1))
 
     def _touching(self, names: set[str]) -> Call | None:
         """The call that came upon the site's own nodes and got furthest."""
@@ -158,10 +156,13 @@ class _Places:
         Where a residual connection around what comes after the site ends, the feed-forward part
         does, and anchors behind that are not the site's.
         """
-        after = self._reached(site.context or site.node, own)
-        queue, seen = deque([site.node]), {site.node}
-        while queue:
-            node = queue.popleft()
+        others = self.products - own
+        after = set(walks.downstream(site.context or site.node, stop=others))
+
+        def below(node: ir.Node) -> list[ir.Node]:
+            return [reader for reader in walks.consumers(node) if not _joins(reader, after)]
+
+        for node in walks.walk([site.node], below, stop=others):
             for value in node.outputs:
                 calls = self.calls.get(value.name, [])
                 attending = [call for call in calls if self.watch.attends(call.fusion)]
@@ -169,17 +170,13 @@ class _Places:
                     return max(attending, key=_progress) if touching not in calls else touching
                 if calls and touching is None:
                     return calls[-1]
-                for user in value.consumers():
-                    makers = [value.producer() for value in user.inputs if value is not None]
-                    joins = user.op_type == "Add" and len(makers) == 2 and after.issuperset(makers)
-                    if user not in seen and user not in self.products - own and not joins:
-                        seen.add(user)
-                        queue.append(user)
         return None
 
-    def _reached(self, start: ir.Node, own: set[ir.Node]) -> set[ir.Node]:
-        """The nodes downstream of `start`, up to other sites."""
-        return set(walks.downstream(start, stop=self.products - own))
+
+def _joins(node: ir.Node, after: set[ir.Node]) -> bool:
+    """Whether a residual connection ends at `node` that began in `after`: Add of two of these."""
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return node.op_type == "Add" and len(makers) == 2 and after.issuperset(makers)
 
 
 def _near(call: Call) -> bool:

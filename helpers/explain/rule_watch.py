@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -100,7 +99,7 @@ class RuleWatch:
     `watched` tells which rules. `tries` are for each of `sites` the (rank, conclusion) of those
     that came to nothing after the last that fired there; `conclude` is asked for its conclusion as
     soon as a try has failed, since later rules change the graph. `fired` is the last rule that
-    replaced a site's nodes, `raised` the one whose code raised. `made` are nodes and values that
+    replaced a site's nodes, `raised` the one whose code raised. `created` are nodes and values that
     rules made, but for outputs that take the place of others; `roles` is what each node is to which
     sites.
     """
@@ -110,13 +109,13 @@ class RuleWatch:
         sites: list[graph.Site],
         watched: Callable[[pattern.RewriteRule], bool],
         conclude: Callable[[Try, Failure | None], Any],
-        made: set[ir.Node | ir.Value],
+        created: set[ir.Node | ir.Value],
     ) -> None:
         self.roles = _roles(sites)
         self.tries: list[list[tuple[tuple, Any]]] = [[] for _ in sites]
         self.fired: dict[int, pattern.RewriteRule] = {}
         self.raised: pattern.RewriteRule | None = None
-        self.made = made
+        self.created = created
         self._watched, self._conclude = watched, conclude
         self._try: Try | None = None
         self._order = itertools.count()
@@ -158,7 +157,7 @@ class RuleWatch:
         roles = self._roles_of(rewritten.match.nodes)
         taken = set(rewritten.new_outputs)
         for node in rewritten.new_nodes:
-            self.made |= {node, *(value for value in node.outputs if value not in taken)}
+            self.created |= {node, *(value for value in node.outputs if value not in taken)}
         self.roles.update((node, dict(roles)) for node in rewritten.new_nodes)
         for site, role in roles.items():
             if watched and role >= WEIGHTS:
@@ -325,7 +324,9 @@ def _operators(wanted: parts.ValuePattern) -> list[parts.NodePattern]:
 def _roles(sites: list[graph.Site]) -> dict[ir.Node, dict[int, int]]:
     """What each node is to which sites: between their products, or after them, nearest first."""
     roles: dict[ir.Node, dict[int, int]] = {}
+    nearest: dict[ir.Node, int] = {}  # the site of each node after one
     for i, site in enumerate(sites):
+        nearest.setdefault(site.context or site.node, i)
         if site.context is None:
             roles.setdefault(site.node, {})[i] = CONTEXT
             continue
@@ -334,11 +335,7 @@ def _roles(sites: list[graph.Site]) -> dict[ir.Node, dict[int, int]]:
         for role, nodes in ((ABOVE, above), (WEIGHTS, weights), (CONTEXT, [site.context])):
             for node in nodes:
                 roles.setdefault(node, {})[i] = role
-    queue = deque((site.context or site.node, i) for i, site in enumerate(sites))
-    while queue:
-        node, i = queue.popleft()
-        for below in walks.consumers(node):
-            if below not in roles:
-                roles[below] = {i: BELOW}
-                queue.append((below, i))
-    return roles
+    for node in walks.downstream(*nearest, stop=set(roles)):
+        for reader in walks.consumers(node):
+            nearest.setdefault(reader, nearest[node])
+    return {node: {i: BELOW} for node, i in nearest.items()} | roles

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import linecache
-from collections import deque
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -24,6 +23,7 @@ from helpers.explain.reasons import Attempt, Check, Reason
 from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_one
 from helpers.explain.verdicts import Outcome, raised, stopped
 from helpers.explain.words import IrWriter
+from helpers.graph import walks
 from helpers.quiet import quiet
 
 # The modules of ort_fusions whose rules make an attention operator, or a step towards it.
@@ -200,19 +200,14 @@ def _way(
     start: ir.Node, wanted: list[parts.NodePattern], far: int = 3
 ) -> list[tuple[str, int]] | None:
     """The way up from `start` to the nearest node that is wanted: operators and inputs."""
-    queue: deque[tuple[ir.Node, list]] = deque([(start, [])])
-    while queue:
-        node, steps = queue.popleft()
-        if steps and is_one(node, wanted):
-            return steps
-        if len(steps) < far:
-            above = ((i, value.producer()) for i, value in enumerate(node.inputs) if value)
-            queue += [
-                (producer, [*steps, (producer.op_type, i)])
-                for i, producer in above
-                if producer is not None
-            ]
-    return None
+
+    def above(place: tuple[ir.Node, tuple]) -> list[tuple[ir.Node, tuple]]:
+        node, steps = place
+        producers = ((i, value.producer()) for i, value in enumerate(node.inputs) if value)
+        return [(near, (*steps, (near.op_type, i))) for i, near in producers if near is not None]
+
+    places = walks.walk([(start, ())], above, far=far)
+    return next((list(steps) for node, steps in places if steps and is_one(node, wanted)), None)
 
 
 def _cause(failure: Failure, further: list | None) -> str:
@@ -299,10 +294,10 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
     optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
     model = graph.load(opened.path)  # rules change it, and read its weights
     sites = graph.sites(model)
-    made: set[ir.Node | ir.Value] = set()
-    reasons = _Reasons(IrWriter(opened.contents.nodes, opened.contents.tensors, made))
+    created: set[ir.Node | ir.Value] = set()
+    reasons = _Reasons(IrWriter(opened.contents.nodes, opened.contents.tensors, created))
     watched = _is_attention if rule_set is None else rule_set.rules.__contains__
-    watch = RuleWatch(sites, watched, reasons.conclude, made)
+    watch = RuleWatch(sites, watched, reasons.conclude, created)
     with quiet(), watch:
         try:
             if rule_set is None:

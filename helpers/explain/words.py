@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from helpers.explain.reasons import Node
+from helpers.graph import walks
 
 MANY = 8  # items of a list, and elements of a constant, that are written out
 
@@ -78,31 +78,25 @@ class IrWriter(Writer):
     """Writes what rewrite rules hold: nodes and values of onnx_ir, in a graph that has changed
     since, by the names that the file has."""
 
-    def __init__(self, nodes: set[str], tensors: set[str], made: set[ir.Node | ir.Value]) -> None:
-        """`nodes` and `tensors` are the file's; what is in `made` has its name by chance."""
-        self._nodes, self._tensors, self._made = nodes, tensors, made
+    def __init__(
+        self, nodes: set[str], tensors: set[str], created: set[ir.Node | ir.Value]
+    ) -> None:
+        """`nodes` and `tensors` are the file's; what is in `created` has its name by chance."""
+        self._nodes, self._tensors, self._created = nodes, tensors, created
 
     def tensor(self, value: ir.Value | None) -> str:
         """The value's name, or of the nearest up or down the graph that has a name in the file."""
-        queue, seen = deque([value]), {value}
-        while queue:
-            value = queue.popleft()
-            if value is None:
-                continue
-            if value.name in self._tensors and value not in self._made:
-                return value.name
-            above, below = value.producer(), value.consumers()
-            neighbours = [
-                *(above.inputs if above else ()),
-                *(output for node in below for output in node.outputs),
-            ]
-            queue += (neighbour for neighbour in neighbours if neighbour not in seen)
-            seen.update(neighbours)
-        return ""
+        starts = [] if value is None else [value]
+        named = (
+            near.name
+            for near in walks.walk(starts, _neighbours)
+            if near.name in self._tensors and near not in self._created
+        )
+        return next(named, "")
 
     def node(self, node: ir.Node) -> Node:
         output = self.tensor(node.outputs[0])
-        in_file = node.name in self._nodes and node not in self._made
+        in_file = node.name in self._nodes and node not in self._created
         return Node(node.op_type, node.name if in_file else output, output)
 
     def write(self, value: Any) -> str | None:
@@ -138,3 +132,10 @@ class IrWriter(Writer):
         if tensor is not None and tensor.size <= MANY:
             text += f", value {tensor.numpy().tolist()}"
         return text
+
+
+def _neighbours(value: ir.Value) -> list[ir.Value]:
+    """What `value` is computed from, and then what is computed from it."""
+    producer = value.producer()
+    above = [given for given in producer.inputs if given is not None] if producer else []
+    return [*above, *(output for node in value.consumers() for output in node.outputs)]

@@ -8,7 +8,6 @@ not spoil the verdict on those after it, and must give what the original has bel
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,26 +76,33 @@ def find(
     missing_nodes = _gone(model, proto)
     if missing_nodes or not all_pieces:
         return whole, _about(sites, all_pieces, missing_nodes) or every
-    tensors = list(dict.fromkeys(name for piece in all_pieces for name in piece.outputs))
-    boundary = list(dict.fromkeys(name for piece in all_pieces for name in piece.inputs))
-    around = _around(original.path, list(dict.fromkeys([*tensors, *boundary])))
-    runs = [_runner(piece, proto, around, tensors) for piece in all_pieces]
+    wrong = _wrong_pieces(original.path, proto, all_pieces, cases, description)
+    return whole, {site for piece in wrong for site in piece.sites} or every
+
+
+def _wrong_pieces(
+    path: Path,
+    proto: onnx.ModelProto,
+    pieces: list[Piece],
+    cases: list[Feed],
+    description: str,
+) -> list[Piece]:
+    """Those of `pieces`, of the optimised model `proto`, that compute something else than the
+    original at `path` does there. None where it has no numbers to compare there."""
+    outputs = list(dict.fromkeys(name for piece in pieces for name in piece.outputs))
+    inputs = list(dict.fromkeys(name for piece in pieces for name in piece.inputs))
+    around = _around(path, list(dict.fromkeys([*outputs, *inputs])))
+    runs = [_runner(piece, proto, around, outputs) for piece in pieces]
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
-        return {name: values[name] for name in tensors}
+        return {name: values[name] for name in outputs}
 
     try:
         judged = parity.compare(reference, runs, cases, description).candidates
     except files.BadInput:  # no numbers to compare there
-        return whole, every
-    wrong = {
-        site
-        for piece, candidate in zip(all_pieces, judged, strict=True)
-        if not candidate.held
-        for site in piece.sites
-    }
-    return whole, wrong or every
+        return []
+    return [piece for piece, candidate in zip(pieces, judged, strict=True) if not candidate.held]
 
 
 def _candidate(original: files.Opened, fused: Path) -> parity.Model:
@@ -119,59 +125,68 @@ def _candidate(original: files.Opened, fused: Path) -> parity.Model:
     return run
 
 
+class _Numbered:
+    """The nodes of a graph, by their numbers, and who makes and reads each tensor."""
+
+    def __init__(self, proto: onnx.GraphProto) -> None:
+        self.nodes = list(proto.node)
+        self._constants = {initializer.name for initializer in proto.initializer} | {""}
+        self._maker: dict[str, int] = {}
+        self._readers: dict[str, list[int]] = {}
+        for number, node in enumerate(self.nodes):
+            self._maker.update((name, number) for name in node.output if name)
+            for name in filter(None, node.input):
+                self._readers.setdefault(name, []).append(number)
+
+    def first_below(self, number: int, tensors: set[str]) -> list[str]:
+        """The nearest of `tensors` after a node, or none."""
+
+        def below(number: int) -> list[int]:
+            outputs = self.nodes[number].output
+            return [reader for name in outputs for reader in self._readers.get(name, ())]
+
+        numbers = walks.walk([number], below)
+        outputs = (name for number in numbers for name in self.nodes[number].output)
+        return next(([name] for name in outputs if name in tensors), [])
+
+    def cut(self, outputs: list[str], tensors: set[str]) -> tuple[list[onnx.NodeProto], list[str]]:
+        """The nodes that compute `outputs` from `tensors` and inputs of the graph, and from which
+        of these."""
+
+        def is_inner(name: str) -> bool:
+            return name in self._maker and name not in tensors and name not in self._constants
+
+        def above(number: int) -> list[int]:
+            return [self._maker[name] for name in self.nodes[number].input if is_inner(name)]
+
+        inside = list(walks.walk((self._maker[name] for name in outputs), above))
+        read = dict.fromkeys(name for number in inside for name in self.nodes[number].input)
+        inputs = [name for name in read if not is_inner(name) and name not in self._constants]
+        return [self.nodes[number] for number in sorted(inside)], inputs
+
+
 def pieces(model: ir.Model, proto: onnx.ModelProto, sites: list[graph.Site]) -> list[Piece]:
     """The pieces around the operators of `proto`, the optimised `model`, that it has put there.
 
     `sites` are those of `model`.
     """
-    tensors = {output.name for node in model.graph for output in node.outputs} | {
-        value.name for value in model.graph.inputs
-    }
+    tensors = {output.name for node in model.graph for output in node.outputs if output.name}
+    tensors |= {value.name for value in model.graph.inputs}
     was = {site.node.outputs[0].name for site in sites if site.fused}
-    producers = {name: node for node in proto.graph.node for name in node.output if name}
-    read: dict[str, list[onnx.NodeProto]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            read.setdefault(name, []).append(node)
-    constant = {initializer.name for initializer in proto.graph.initializer} | {""}
+    numbered = _Numbered(proto.graph)
     pieces_of_sites = []
-    for node in proto.graph.node:
+    for number, node in enumerate(numbered.nodes):
         if (node.domain, node.op_type) not in graph.FUSED or node.output[0] in was:
             continue
-        outputs = [name for name in node.output if name in tensors] or _below(node, read, tensors)
+        own = [name for name in node.output if name in tensors]
+        outputs = own or numbered.first_below(number, tensors)
         if not outputs:
             continue
-        inside, inputs, queue = {}, {}, deque(producers[name] for name in outputs)
-        while queue:
-            inner = queue.popleft()
-            if id(inner) in inside:
-                continue
-            inside[id(inner)] = inner
-            for name in inner.input:
-                if name in constant:
-                    continue
-                if name in tensors or name not in producers:
-                    inputs[name] = None
-                else:
-                    queue.append(producers[name])
-        nodes = [proto_node for proto_node in proto.graph.node if id(proto_node) in inside]
+        nodes, inputs = numbered.cut(outputs, tensors)
         was_there = _between(model, outputs, set(inputs))
         within = [i for i, site in enumerate(sites) if site.context in was_there] or [outputs[0]]
-        pieces_of_sites.append(Piece(nodes, list(inputs), outputs, was_there, within))
+        pieces_of_sites.append(Piece(nodes, inputs, outputs, was_there, within))
     return pieces_of_sites
-
-
-def _below(
-    node: onnx.NodeProto, read: dict[str, list[onnx.NodeProto]], tensors: set[str | None]
-) -> list[str]:
-    """The nearest tensor after `node` that the original graph has too."""
-    queue = deque([node])
-    while queue:
-        for name in queue.popleft().output:
-            if name in tensors:
-                return [name]
-            queue.extend(read.get(name, []))
-    return []
 
 
 def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node]:
@@ -241,36 +256,33 @@ def _runner(
     tensors: list[str],
 ) -> Callable[[parity.Outputs], parity.Outputs]:
     """A candidate that gives `tensors` as the original does, those of the piece by the piece."""
-    weights = {initializer.name: initializer for initializer in proto.graph.initializer}
-    sessions = []
-
-    def made(values: parity.Outputs) -> onnx.ModelProto:
-        inputs = [
-            onnx.helper.make_tensor_value_info(
-                name,
-                onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype),
-                [None] * values[name].ndim,
-            )
-            for name in piece.inputs
-        ]
-        read = {name for node in piece.nodes for name in node.input}
-        body = onnx.helper.make_graph(
-            piece.nodes,
-            "piece",
-            inputs,
-            [onnx.ValueInfoProto(name=name) for name in piece.outputs],
-            [weights[name] for name in weights if name in read],
-        )
-        return onnx.helper.make_model(
-            body, opset_imports=proto.opset_import, ir_version=proto.ir_version
-        )
+    sessions: list[ort.InferenceSession] = []
 
     def run(arrays: parity.Outputs) -> parity.Outputs:
         values = around(arrays)
         if not sessions:
-            sessions.append(files.session(made(values).SerializeToString()))
+            sessions.append(files.session(_alone(piece, proto, values).SerializeToString()))
         feed = {name: np.asarray(values[name]) for name in piece.inputs}
         outputs = dict(zip(piece.outputs, sessions[0].run(piece.outputs, feed), strict=True))
         return {name: outputs.get(name, values[name]) for name in tensors}
 
     return run
+
+
+def _alone(piece: Piece, proto: onnx.ModelProto, values: parity.Outputs) -> onnx.ModelProto:
+    """A model of the piece, of the model `proto`, alone; its inputs have the types of `values`."""
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name,
+            onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype),
+            [None] * values[name].ndim,
+        )
+        for name in piece.inputs
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in piece.outputs]
+    read = {name for node in piece.nodes for name in node.input}
+    weights = [tensor for tensor in proto.graph.initializer if tensor.name in read]
+    body = onnx.helper.make_graph(piece.nodes, "piece", inputs, outputs, weights)
+    return onnx.helper.make_model(
+        body, opset_imports=proto.opset_import, ir_version=proto.ir_version
+    )
