@@ -45,12 +45,7 @@ def explain(
     not fit or cannot be inferred.
     """
     given = {"model_type": model_type, "fusion": fusion, "rules": rules}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise BadInput(
-            f"{path}: expected one of {', '.join(given)}, found {' and '.join(named) or 'none'};"
-            " give one"
-        )
+    _check_given(path, given)
     opened = files.Opened.of(path)
     cases = feeds.read(inputs, opened) if parity else None
     with tempfile.TemporaryDirectory() as folder:
@@ -68,6 +63,16 @@ def explain(
         for reason in answer.reasons:
             optimizer.locate(reason, model)
     return answer
+
+
+def _check_given(path: str | Path | files.Opened, given: dict[str, Any]) -> None:
+    """Raises `BadInput` where not exactly one is `given`."""
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise BadInput(
+            f"{path}: expected one of {', '.join(given)}, found {' and '.join(named) or 'none'};"
+            " give one"
+        )
 
 
 def _applied(

@@ -1,7 +1,7 @@
 """Why a rewrite rule of ``onnxscript.rewriter`` did not fuse: apply it, and say what it missed.
 
 The rules are those that ``optimize_for_ort`` applies for attention, or a reader's own, unchanged;
-`rule_watch` records how far each came, and `conditions` reads why its code gave up.
+`rule_watch` records how far each came, and `slicing` reads why its code gave up.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from helpers.explain.calls import (
     assigned_from,
     assigned_to,
     file_of,
-    function_of,
     functions_called,
     variables_in,
 )
+from helpers.explain.conditions import Conditions
 from helpers.explain.reasons import Attempt
 
 DEPTH = 3  # assignments that are followed back from a condition
@@ -61,182 +61,68 @@ def _missing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (int, str)) and value in (-1, ""))
 
 
+def _new_variables(expressions: list[ast.expr], seen: set[str]) -> list[str]:
+    """The variables that `expressions` read, each once, but for those `seen`."""
+    read = (name for expression in expressions for name in variables_in(expression))
+    return list(dict.fromkeys(name for name in read if name not in seen))
+
+
 def _progress(step: Step) -> int:
     """How many nodes the paths that a function asked for have found."""
     return sum(len(attempt.matched) for _, attempt in step.attempts)
 
 
-class _Reader:
+class _Reader(Conditions):
     """Reads one `step`: `write` renders a value."""
 
     def __init__(self, step: Step, write: Callable[[Any], str | None]) -> None:
-        self.step, self.write = step, write
-        self.function = function_of(step.code)
-
-    def value(self, node: ast.expr) -> Any:
-        """The value of an expression without calls; raises ValueError of any other."""
-        plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, ast.USub)
-        plain = (*plain, ast.Load, ast.Slice, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop)
-        plain = (*plain, ast.Not, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.Set, ast.Dict)
-        for part in ast.walk(node):
-            is_len = isinstance(part, ast.Call) and getattr(part.func, "id", "") in (
-                "len",
-                "hasattr",
-            )
-            if not is_len and not isinstance(part, plain):
-                raise ValueError(ast.dump(part))
-        names = {**self.step.names, **self.step.local}
-        try:
-            return eval(compile(ast.Expression(node), "<operand>", "eval"), names)
-        except Exception as error:  # an operand that was not reached when the test said no
-            raise ValueError(str(error)) from None
-
-    def get(self, name: str) -> Any:
-        """The value of a variable as `names` gives it; of one that has none, something."""
-        if name.startswith("self."):
-            return getattr(self.step.local.get("self"), name[5:], "something")
-        return self.step.local.get(name, "something")
-
-    def decided(self, test: ast.expr, outcome: bool) -> list[ast.expr]:
-        """Those conditions of `test` that made it come out as it did."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            return self.decided(test.operand, not outcome)
-        if not isinstance(test, ast.BoolOp):
-            return [test]
-        one_is_enough = isinstance(test.op, ast.Or) is outcome
-        parts = test.values
-        if one_is_enough:
-            decisive = [part for part in parts if self._is(part, outcome)]
-            unknown = [part for part in parts if self._is(part, None)]
-            parts = decisive[:1] or unknown
-        return [leaf for part in parts for leaf in self.decided(part, outcome)]
-
-    def _is(self, part: ast.expr, outcome: bool | None) -> bool:
-        try:
-            return outcome is not None and bool(self.value(part)) is outcome
-        except ValueError:
-            return outcome is None
-
-    def tests(self) -> tuple[ast.stmt | None, list[ast.expr], bool]:
-        """The statement that ended the function, the conditions, and whether it was its end."""
-        if self.function is None:
-            return None, [], False
-        statement = self.function.at(self.step.line)
-        end = not isinstance(statement, (ast.Return, ast.Raise))
-        leaves: list[ast.expr] = []
-        if not end:
-            for around, true in self.function.around(statement):
-                leaves += self.decided(around.test, true)
-                outer = self.function.parent[around]
-                if true and not (isinstance(outer, ast.If) and around in outer.orelse):
-                    break
-                if not true and not isinstance(around.orelse[0], ast.If):
-                    continue  # the `else`, or an `elif`, of this one
-                if not (isinstance(outer, ast.If) and outer.orelse == [around]):
-                    break
-            if not leaves and self._returned(statement):
-                return statement, [], end
-            if not leaves:  # at the function's top, or a loop's `else`: what came before decided
-                statement = self._before(statement)
-        if isinstance(statement, ast.If) and (end or not leaves):
-            leaves = self._last(statement)
-        elif isinstance(statement, (ast.For, ast.While)) and (end or not leaves):
-            ifs = [part for part in ast.walk(statement) if isinstance(part, ast.If)]
-            leaves = [condition.test for condition in ifs] or assigned_from(statement)
-        elif end and self._calls(statement):  # what it called in turn
-            leaves = [
-                statement.value for statement in self.function.statements if self._calls(statement)
-            ]
-        elif end:
-            leaves = [condition.test for condition, _ in self.function.around(statement)]
-        return statement, leaves, end
-
-    def _calls(self, statement: ast.stmt | None) -> bool:
-        """Whether a statement only calls a function that was recorded."""
-        lines = range(statement.lineno, statement.end_lineno + 1) if statement else ()
-        called = any(inner_step.called_at in lines for inner_step in self.step.inner)
-        return called and isinstance(statement, ast.Expr)
-
-    def _last(self, statement: ast.If) -> list[ast.expr]:
-        leaves = []
-        while True:
-            leaves += self.decided(statement.test, False)
-            if len(statement.orelse) != 1 or not isinstance(statement.orelse[0], ast.If):
-                return leaves
-            statement = statement.orelse[0]
-
-    def _before(self, statement: ast.stmt) -> ast.stmt:
-        outer = self.function.parent[statement]
-        if isinstance(outer, (ast.For, ast.While)) and statement in outer.orelse:
-            return outer
-        body = next(
-            block
-            for _, block in ast.iter_fields(outer)
-            if isinstance(block, list) and statement in block
-        )
-        earlier = [
-            earlier
-            for earlier in body[: body.index(statement)]
-            if isinstance(earlier, (ast.If, ast.For, ast.While))
-        ]
-        return earlier[-1] if earlier else statement
-
-    # ── The slice ───────────────────────────────────────────────────────────────────────────────
+        super().__init__(step)
+        self.write = write
 
     def gave_up(self) -> GaveUp:
-        step = self.step
+        """Why the function returned: what its last condition leads back to."""
         statement, leaves, end = self.tests()
-        source = source_line(step)
         tests = dict.fromkeys(map(ast.unparse, leaves))
-        answer = GaveUp(step.line, source, end, test="; ".join(tests))
+        answer = GaveUp(self.step.line, source_line(self.step), end, test="; ".join(tests))
         if self.function is None:
             self._last_group(answer)
             return answer
-        only_called = end and self._calls(statement)
-        returned = self._returned(self.function.at(step.line))
-        level = [(expression, True) for expression in (*returned, *leaves)]
+        returned = self.returned(self.function.at(self.step.line))
+        self._slice([*returned, *leaves], answer, end and self.only_calls(statement))
+        if not answer.broken and not answer.operands:
+            self._last_group(answer)
+        self._sort(answer)
+        return answer
+
+    def _slice(self, leaves: list[ast.expr], answer: GaveUp, only_called: bool) -> None:
+        """Go back from the conditions `leaves` through what their variables were made from, until
+        that leads to paths that did not match; add to `answer` what is met."""
+        level = [(expression, True) for expression in leaves]
         seen: set[str] = set()
         for _ in range(DEPTH + 1):
             for expression, is_empty in level:
                 answer.calls |= functions_called(expression)
                 self._operands(expression, answer, is_empty)
             empty = [expression for expression, is_empty in level if is_empty]
-            names = [
-                name
-                for expression in empty
-                for name in variables_in(expression)
-                if name not in seen
-            ]
-            names = list(dict.fromkeys(names))
+            names = _new_variables(empty, seen)
             asked = self._asked(empty)
             if self._paths(names, answer, asked) or self._inner(names, empty, answer, only_called):
                 break
-            names = [
-                name
-                for expression, _ in level
-                for name in variables_in(expression)
-                if name not in seen
-            ]
+            names = _new_variables([expression for expression, _ in level], seen)
             seen.update(names)
             level = [
                 (expression, _missing(self.get(name)))
-                for name in dict.fromkeys(names)
+                for name in names
                 for expression in self._sources(name)
             ]
-        if not answer.broken and not answer.operands:
-            self._last_group(answer)
-        asked = [id(attempt) for _, attempt in step.attempts]
-        if answer.broken and id(answer.broken[0]) in asked:  # as the code has them
+
+    def _sort(self, answer: GaveUp) -> None:
+        """Put the paths of the function itself, and their variables, as its code has them."""
+        asked = [id(attempt) for _, attempt in self.step.attempts]
+        if answer.broken and id(answer.broken[0]) in asked:
             answer.broken.sort(key=lambda attempt: asked.index(id(attempt)))
             variables = [attempt.variable for attempt in answer.broken]
             answer.none.sort(key=lambda name: variables.index(name) if name in variables else -1)
-        return answer
-
-    def _returned(self, statement: ast.stmt | None) -> list[ast.expr]:
-        """What a `return` gives, if that was made elsewhere."""
-        value = statement.value if isinstance(statement, ast.Return) else None
-        expressions = (ast.Call, ast.Name, ast.Tuple, ast.Compare, ast.BoolOp)
-        return [value] if isinstance(value, expressions) else []
 
     def _sources(self, name: str) -> list[ast.expr]:
         """What the variable `name` was made from; where it stayed empty, what that depended on."""
