@@ -34,7 +34,7 @@ class Conditions:
             raise ValueError(str(error)) from None
 
     def get(self, name: str) -> Any:
-        """The value of a variable as `names` gives it; of one that has none, something."""
+        """The value of a variable, named as in `variables_in`; of one that has none, something."""
         if name.startswith("self."):
             return getattr(self.step.local.get("self"), name[5:], "something")
         return self.step.local.get(name, "something")

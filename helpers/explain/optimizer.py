@@ -1,7 +1,7 @@
 """Why a fusion did not match: run ONNX Runtime's optimizer on a model, and say what it missed.
 
 The optimizer is that of the package, or a reader's own fusion in its place, unchanged:
-`optimizer_watch` records what its fusions ask for, and `slicing` reads why they returned.
+`optimizer_watch` records what its fusions ask for, and `conclusions` says why they returned.
 """
 
 from __future__ import annotations

@@ -108,12 +108,12 @@ class Attempt:
             "at": self.at.name,
             "input": self.inputs[reached] if broke else None,
             "expected_op": self.expected[reached] if broke else None,
-            "found_op": _one(operators),
-            "found": _one(names),
+            "found_op": _single_or_all(operators),
+            "found": _single_or_all(names),
         }
 
 
-def _one(things: list[str]) -> str | list[str] | None:
+def _single_or_all(things: list[str]) -> str | list[str] | None:
     return (things[0] if len(things) == 1 else things) if things else None
 
 

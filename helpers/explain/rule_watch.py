@@ -86,7 +86,7 @@ class Try:
     call: Step | None = None  # the last of `check` or `rewrite`
 
 
-def is_one(node: ir.Node, wanted: Iterable[parts.NodePattern]) -> bool:
+def is_any_of(node: ir.Node, wanted: Iterable[parts.NodePattern]) -> bool:
     return any(
         pattern_node.op.matches(node.op_type) and pattern_node.domain.matches(node.domain)
         for pattern_node in wanted
@@ -236,7 +236,7 @@ class RuleWatch:
         ]
         nodes = parts.matched_nodes(match)
         wanted, node = step.wanted, step.node
-        missing = [] if node is not None and is_one(node, wanted) else wanted
+        missing = [] if node is not None and is_any_of(node, wanted) else wanted
         sources = list(match.failure_nodes_and_values)
         return Failure(path, step, nodes, missing, match.reason, sources)
 

@@ -20,7 +20,7 @@ from helpers import files, graph
 from helpers.explain import calls, chosen, slicing
 from helpers.explain import onnxscript_parts as parts
 from helpers.explain.reasons import Attempt, Check, Reason
-from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_one
+from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_any_of
 from helpers.explain.verdicts import Outcome, raised, stopped
 from helpers.explain.words import IrWriter
 from helpers.graph import walks
@@ -207,7 +207,7 @@ def _way(
         return [(near, (*steps, (near.op_type, i))) for i, near in producers if near is not None]
 
     places = walks.walk([(start, ())], above, far=far)
-    return next((list(steps) for node, steps in places if steps and is_one(node, wanted)), None)
+    return next((list(steps) for node, steps in places if steps and is_any_of(node, wanted)), None)
 
 
 def _cause(failure: Failure, further: list | None) -> str:
@@ -222,7 +222,7 @@ def _cause(failure: Failure, further: list | None) -> str:
     above = [
         value.producer() for node in failure.missing for value in node.inputs if value is not None
     ]
-    if node_there is None or is_one(node_there, [one for one in above if one is not None]):
+    if node_there is None or is_any_of(node_there, [node for node in above if node is not None]):
         return "missing_node"
     return "other_operator"
 
