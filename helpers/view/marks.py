@@ -4,16 +4,14 @@ Nothing is served and nothing is sent: each request of the page is answered from
 disk, or refused. The picture is Netron's own SVG export; a PNG is that SVG, rendered.
 """
 
-import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.dom import minidom
 
 from helpers.files import BadInput
 from helpers.view import browser
-from helpers.view.browser import FONT
+from helpers.view.browser import FONT, Sizes
 
 MONOSPACE = "'Liberation Mono', 'Courier New', monospace"
 CHARACTER, LINE = 6.6, 20  # width of a character of the labels (11 px), height of a line
@@ -29,6 +27,7 @@ class Mark(NamedTuple):
 
 def mark(
     svg: str,
+    sizes: Sizes,
     nodes: Sequence[tuple[str, str]],
     text: str,
     *,
@@ -38,9 +37,9 @@ def mark(
 ) -> str:
     """Netron's export `svg` with the marks, a line below for each of them, and a text alternative.
 
-    `nodes` has the operator and the name of each. A node of the path gets a solid outline and its
-    number in a disc, the node asked for a thicker one and a triangle, the break a dashed one and a
-    cross in a square. Each node gets its name as a tooltip.
+    `sizes` are those of `browser.sizes`; `nodes` has the operator and the name of each. A node of
+    the path gets a solid outline and its number in a disc, the node asked for a thicker one and a
+    triangle, the break a dashed one and a cross in a square. Each node gets its name as a tooltip.
     """
     # Netron writes shapes in brackets that only Chinese and Japanese fonts have.
     root = minidom.parseString(svg.replace("〈", " [").replace("〉", "]")).documentElement
@@ -50,7 +49,7 @@ def mark(
         marks.insert(0, Mark("around", "", around))
     if break_at is not None:
         marks.append(Mark("break", "", break_at))
-    _place(groups, marks)
+    _place(groups, sizes, marks)
     width, height = int(root.getAttribute("width")), int(root.getAttribute("height"))
     width = max(width, _legend(root, nodes, marks))
     _frame(root, width, height + LINE * len(marks), text)
@@ -81,11 +80,12 @@ def _groups(root: Any, nodes: Sequence[tuple[str, str]]) -> list[Any]:
     return groups
 
 
-def _place(groups: Sequence[Any], marks: Sequence[Mark]) -> None:
+def _place(groups: Sequence[Any], sizes: Sizes, marks: Sequence[Mark]) -> None:
     """Put the outlines around the nodes, then the badges above them all."""
     corners = []
     for kind, _, node in marks:
-        corners.append(_outline(groups[node], kind))
+        width, height = sizes[groups[node].getAttribute("id")]
+        corners.append(_outline(groups[node], kind, width, height))
     for (kind, number, node), corner in zip(marks, corners, strict=True):
         _badge(groups[node], kind, number, *corner)
 
@@ -138,28 +138,16 @@ def _put(parent: Any, tag: str, text: str = "", first: bool = False, **attribute
     parent.insertBefore(element, parent.firstChild if first else None)
 
 
-def _size(group: Any) -> tuple[float, float]:
-    """Width and height of a node's box, whose border is a rectangle with round corners."""
-    border = next(
-        path.getAttribute("d")
-        for path in group.getElementsByTagName("path")
-        if path.parentNode is group and path.getAttribute("class") == "node node-border"
-    )
-    across, radius, down = map(
-        float, re.search(r"h([\d.]+)a([\d.]+),.*?v([\d.]+)a", border).groups()
-    )
-    return across + 2 * radius, down + 2 * radius
+def _outline(group: Any, kind: str, width: float, height: float) -> tuple[float, float]:
+    """Mark a node of this size, in its own coordinates: its box begins at 0, 0.
 
-
-def _outline(group: Any, kind: str) -> tuple[float, float]:
-    """Mark a node, in its own coordinates: its box begins at 0, 0. Returns where the badge goes."""
-    width, height = _size(group)
+    Returns where the badge goes.
+    """
     gap = BREAK_GAP if kind == "break" else PATH_GAP
     stroke = {"path": "2px", "around": "4px", "break": "2.5px; stroke-dasharray: 7 4"}[kind]
     box = {"x": -gap, "y": -gap, "width": width + 2 * gap, "height": height + 2 * gap}
-    _put(
-        group, "rect", **box, rx=gap + 4, style=f"fill: none; stroke: #000; stroke-width: {stroke}"
-    )
+    style = f"fill: none; stroke: #000; stroke-width: {stroke}"
+    _put(group, "rect", **box, rx=gap + 4, style=style)
     right, bottom = width + gap, height + gap
     return {"path": (-gap, -gap), "around": (right, -gap), "break": (right, bottom)}[kind]
 
@@ -183,7 +171,7 @@ def _badge(parent: Any, kind: str, number: str, x: float, y: float) -> None:
 def draw(
     model: bytes,
     save_as: Path,
-    program: str,
+    opened: browser.Browser,
     *,
     nodes: Sequence[tuple[str, str]],
     around: int | None,
@@ -195,16 +183,9 @@ def draw(
 
     `nodes` has the operator and the name of each; `text` is the text alternative.
     """
-    marks = {"around": around, "along": along, "break_at": break_at}
-
-    def work() -> None:
-        with browser.opened(program) as chromium:
-            svg = mark(browser.exported(chromium, model), nodes, text, **marks)
-            if save_as.suffix == ".svg":
-                save_as.write_text(svg, encoding="utf-8")
-            else:
-                save_as.write_bytes(browser.rendered(chromium, svg))
-
-    # Playwright refuses a thread that runs an event loop, as a notebook's does.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(work).result()
+    svg, sizes = opened.run(browser.exported, model)
+    marked = mark(svg, sizes, nodes, text, around=around, along=along, break_at=break_at)
+    if save_as.suffix == ".svg":
+        save_as.write_text(marked, encoding="utf-8")
+    else:
+        save_as.write_bytes(opened.run(browser.rendered, marked))
