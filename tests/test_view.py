@@ -1,5 +1,6 @@
 """What of a graph is shown, the marks, and pictures that Netron draws in Chromium."""
 
+import asyncio
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from xml.dom import minidom
 
@@ -48,6 +50,13 @@ def odd(tmp_path: Path) -> Path:
     proto.graph.node[3].name = "0"
     onnx.save(proto, tmp_path / "odd.onnx")
     return tmp_path / "odd.onnx"
+
+
+@pytest.fixture(scope="module")
+def chromium(program: str) -> Iterator[browser.Browser]:
+    """Started once for what is not about how it starts."""
+    with view.drawing(program) as opened:
+        yield opened
 
 
 def shown(path: Path, *arguments: str, **choice) -> list[str]:
@@ -209,6 +218,7 @@ EXPORT = f"""<svg xmlns="http://www.w3.org/2000/svg" id="export" style="" width=
 <g id="node-name-1" transform="translate(5,80)"><g><text>MatMul 〈8〉</text><title>1</title></g>
 <path class="node node-border" d="{BOX.format(80, 30)}"/></g>
 </g></g></svg>"""
+SIZES = {"node-name-0": (60, 20), "node-name-1": (90, 40)}
 TWO = [("Relu", "first"), ("MatMul", "/a/" + "b" * 99)]
 
 
@@ -234,8 +244,16 @@ def surrounds(outline, width: float, height: float) -> bool:
     return -10 < left < 0 and -10 < top < 0 and width < right < width + 10 and height < bottom
 
 
+def test_the_sizes_are_those_of_the_boxes(chromium):
+    def measured(started) -> browser.Sizes:
+        with browser.empty_page(started) as page:
+            return browser.sizes(page, EXPORT)
+
+    assert chromium.run(measured) == SIZES
+
+
 def test_outlines_surround_the_boxes_and_differ_in_shape():
-    marked = groups(marks.mark(EXPORT, TWO, "text", around=0, along=[1, 0], break_at=1))
+    marked = groups(marks.mark(EXPORT, SIZES, TWO, "text", around=0, along=[1, 0], break_at=1))
     path, thick = sorted(outlines(marked["0"]), key=lambda o: o.getAttribute("style"))
     assert surrounds(thick, 60, 20)
     assert surrounds(path, 60, 20)
@@ -253,7 +271,7 @@ def test_outlines_surround_the_boxes_and_differ_in_shape():
 
 
 def test_labels_are_inside_the_picture_and_below_the_drawing():
-    marked = marks.mark(EXPORT, TWO, "A <text> & more", around=0, along=[1], break_at=1)
+    marked = marks.mark(EXPORT, SIZES, TWO, "A <text> & more", around=0, along=[1], break_at=1)
     root = minidom.parseString(marked).documentElement
     left, top, width, height = map(float, root.getAttribute("viewBox").split())
     assert (number(root, "width"), number(root, "height")) == (width, height)
@@ -278,7 +296,7 @@ def test_labels_are_inside_the_picture_and_below_the_drawing():
 
 
 def test_names_and_the_text_alternative_are_in_the_picture():
-    marked = marks.mark(EXPORT, [("Relu", ODD_NAME), TWO[1]], "A <text> & more")
+    marked = marks.mark(EXPORT, SIZES, [("Relu", ODD_NAME), TWO[1]], "A <text> & more")
     root = minidom.parseString(marked).documentElement
     assert root.getAttribute("role") == "img"
     assert root.firstChild.firstChild.data == "A <text> & more"
@@ -293,7 +311,7 @@ def test_names_and_the_text_alternative_are_in_the_picture():
 
 def test_an_export_without_the_nodes_is_refused():
     with pytest.raises(BadInput, match="expected a drawing of 2 nodes, found none of first"):
-        marks.mark(EXPORT.replace("node-name-0", "other"), TWO, "text")
+        marks.mark(EXPORT.replace("node-name-0", "other"), SIZES, TWO, "text")
 
 
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────
@@ -369,33 +387,50 @@ def changed_netron(folder: Path, file: str, old: str, new: str) -> Path:
     return folder / "__init__.py"
 
 
-def test_netron_180_days_after_its_release_is_told(program, tmp_path, monkeypatch):
+def test_netron_180_days_after_its_release_is_told(chromium, tmp_path, monkeypatch):
     path, folder = write(tmp_path / "a.onnx"), tmp_path / "netron"
     folder.mkdir()
     changed = changed_netron(folder, "index.html", r'(name="date" content=")\d+', r"\g<1>2020")
     monkeypatch.setattr(netron, "__file__", str(changed))
     with pytest.raises(BadInput, match="Please update to the newest version") as error:
-        view.save(path, tmp_path / "a.svg", chromium=program)
+        view.save(path, tmp_path / "a.svg", chromium=chromium)
     assert "pip install --upgrade netron" in str(error.value)
     assert not (tmp_path / "a.svg").exists()
 
 
-def test_netron_that_never_draws_is_told(program, tmp_path, monkeypatch):
+def test_netron_that_never_draws_is_told_and_the_next_picture_drawn(
+    chromium, tmp_path, monkeypatch
+):
     path, folder = write(tmp_path / "a.onnx"), tmp_path / "netron"
     folder.mkdir()
     changed = changed_netron(folder, "dagre.js", r".*", "for (;;) {}")
     monkeypatch.setattr(netron, "__file__", str(changed))
     monkeypatch.setattr(browser, "TIMEOUT", 5)
     with pytest.raises(BadInput, match=r"within 5 s a step, found: .*Timeout 5000ms exceeded"):
-        view.save(path, tmp_path / "a.svg", chromium=program)
+        view.save(path, tmp_path / "a.svg", chromium=chromium)
+    assert not (tmp_path / "a.svg").exists()
+    monkeypatch.undo()
+    view.save(path, tmp_path / "a.svg", chromium=chromium)
+    assert chromium.run(lambda started: started.contexts) == []
 
 
-def test_a_message_of_netron_is_told(program, tmp_path):
+def test_a_notebook_draws_too(program, tmp_path):
+    path = write(tmp_path / "a.onnx")
+
+    async def draw() -> None:  # Playwright refuses a thread that runs an event loop
+        with view.drawing(program) as opened:
+            view.save(path, tmp_path / "a.svg", chromium=opened)
+
+    asyncio.run(draw())
+    assert set(groups((tmp_path / "a.svg").read_text(encoding="utf-8"))) >= {"0", "1"}
+
+
+def test_a_message_of_netron_is_told(chromium, tmp_path):
     with pytest.raises(BadInput, match="found the message 'Unsupported file"):
         marks.draw(
             b"junk" * 99,
             tmp_path / "a.svg",
-            program,
+            chromium,
             nodes=[],
             around=None,
             along=[],

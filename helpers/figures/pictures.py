@@ -100,11 +100,11 @@ def broken(model: torch.nn.Module, example: dict[str, torch.Tensor], unfused: Pa
 def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
         for pictures in (wav2vec2, text, deberta):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
-                shown[name] = view.save(file, folder / name, around, **marks)
+                shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)
     return shown
 
 

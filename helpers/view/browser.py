@@ -4,10 +4,11 @@ import base64
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from xml.dom import minidom
 
@@ -19,8 +20,18 @@ SUFFIXES = (".svg", ".png")
 
 TIMEOUT = 60  # seconds for each step in the browser
 
+HOME = "http://localhost"  # of Netron's page: nothing listens there
+
 # Arial, Liberation Sans and Helvetica have the same widths: what fits its box here fits elsewhere.
 FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
+
+BORDERS = """() => Array.from(document.querySelectorAll("#nodes > g > .node-border"), border => {
+    const { width, height } = border.getBBox();
+    return [border.parentNode.id, width, height];
+})"""
+
+Sizes = dict[str, tuple[float, float]]  # width and height of a node's box, by its group's id
+Answer = TypeVar("Answer")
 
 
 def chromium(given: str | Path | None = None) -> str:
@@ -45,12 +56,39 @@ def writing(path: str | Path) -> Iterator[Path]:
         yield draft
 
 
+class Browser:
+    """Headless Chromium that draws one picture after the other, in a thread of its own.
+
+    Playwright refuses a thread that runs an event loop, as a notebook's does.
+    """
+
+    def __init__(self, program: str, thread: ThreadPoolExecutor, chromium: Any) -> None:
+        self._program, self._thread, self._chromium = program, thread, chromium
+
+    def run(self, step: Callable[..., Answer], *arguments: Any) -> Answer:
+        """What a `step` below returns, given Chromium and the `arguments`."""
+        with _told(self._program):
+            return self._thread.submit(step, self._chromium, *arguments).result()
+
+
 @contextmanager
-def opened(program: str) -> Iterator[Any]:
+def opened(program: str) -> Iterator[Browser]:
+    """Chromium, started from `program`, until the context ends. Raises `files.BadInput`."""
+    with ThreadPoolExecutor(1) as thread:
+        session = ExitStack()
+        try:
+            chromium = thread.submit(session.enter_context, _started(program)).result()
+            yield Browser(program, thread, chromium)
+        finally:
+            thread.submit(session.close).result()
+
+
+@contextmanager
+def _started(program: str) -> Iterator[Any]:
     from playwright.sync_api import Error, sync_playwright
 
     root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
-    with sync_playwright() as playwright:
+    with _told(program), sync_playwright() as playwright:
 
         def launch(sandbox: bool) -> Any:
             return playwright.chromium.launch(
@@ -62,46 +100,72 @@ def opened(program: str) -> Iterator[Any]:
             )
 
         try:
-            try:
-                browser = launch(sandbox=not root)
-            except Error as error:
-                if root or "sandbox" not in str(error):
-                    raise
-                browser = launch(sandbox=False)  # as in a container that allows none
-            with browser:
-                yield browser
+            chromium = launch(sandbox=not root)
         except Error as error:
-            reason = str(error).partition("\n")[0]
-            raise BadInput(
-                f"{program}: expected Chromium to start and Netron to draw in it within {TIMEOUT} s"
-                f" a step, found: {reason}; try again, or another Chromium with --chromium"
-            ) from None
+            if root or "sandbox" not in str(error):
+                raise
+            chromium = launch(sandbox=False)  # as in a container that allows none
+        with chromium:
+            yield chromium
 
 
-def exported(browser: Any, model: bytes) -> str:
-    """Netron's own SVG export of `model`."""
+@contextmanager
+def _told(program: str) -> Iterator[None]:
+    """What Playwright raises, as `files.BadInput`."""
+    from playwright.sync_api import Error
+
+    try:
+        yield
+    except Error as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(
+            f"{program}: expected Chromium to start and Netron to draw in it within {TIMEOUT} s"
+            f" a step, found: {reason}; try again, or another Chromium with --chromium"
+        ) from None
+
+
+def exported(chromium: Any, model: bytes) -> tuple[str, Sizes]:
+    """Netron's own SVG export of `model`, and the `sizes` in it."""
+    consent = {"name": "consent", "value": "yes", "url": HOME}  # else it asks the web
+    with empty_page(chromium) as page:
+        page.context.add_cookies([consent])
+        page.context.route("**/*", _answer)
+        page.goto(HOME)
+        _load(page, model)
+        with page.expect_download() as download:
+            page.keyboard.press("Control+Alt+e")
+        svg = Path(download.value.path()).read_text(encoding="utf-8")
+        # Netron's page runs no script of others, and on being left sends what no route catches.
+        return svg, sizes(page.context.new_page(), svg)
+
+
+@contextmanager
+def empty_page(chromium: Any, **options: Any) -> Iterator[Any]:
+    """An empty page that shares nothing with another."""
+    with chromium.new_context(**options) as context:
+        context.set_default_timeout(TIMEOUT * 1000)
+        yield context.new_page()
+
+
+def _answer(route: Any) -> None:
+    """Answer a request of Netron's page with a file of its package, or refuse it."""
     import netron
 
-    package = Path(netron.__file__).parent
-    home = "http://localhost"
+    url = urlsplit(route.request.url)
+    file = Path(netron.__file__).parent / (url.path.strip("/") or "index.html")
+    if f"{url.scheme}://{url.netloc}" != HOME or not file.is_file():
+        route.abort()
+    elif file.name == "grapher.css":
+        css = re.sub(r"(?<=font-family: )[^;]+", FONT, file.read_text(encoding="utf-8"))
+        route.fulfill(body=css, content_type="text/css")
+    else:
+        route.fulfill(path=file)
 
-    def answer(route: Any) -> None:
-        url = urlsplit(route.request.url)
-        file = package / (url.path.strip("/") or "index.html")
-        if f"{url.scheme}://{url.netloc}" != home or not file.is_file():
-            route.abort()
-        elif file.name == "grapher.css":
-            css = re.sub(r"(?<=font-family: )[^;]+", FONT, file.read_text(encoding="utf-8"))
-            route.fulfill(body=css, content_type="text/css")
-        else:
-            route.fulfill(path=file)
 
-    context = browser.new_context()
-    context.set_default_timeout(TIMEOUT * 1000)
-    context.add_cookies([{"name": "consent", "value": "yes", "url": home}])  # else it asks the web
-    context.route("**/*", answer)
-    page = context.new_page()
-    page.goto(home)
+def _load(page: Any, model: bytes) -> None:
+    """Open `model` in Netron's `page`, which shows its graph or a message."""
+    import netron
+
     message = page.locator("#message-text")
     # Ready, or a message: from 180 days after its release Netron only says to update it.
     page.locator("body.welcome:not(.spinner), body.alert, body.notification").wait_for()
@@ -114,17 +178,20 @@ def exported(browser: Any, model: bytes) -> str:
             f"netron {netron.__version__}: expected a picture, found the message"
             f" {message.inner_text()!r}; update it: pip install --upgrade netron"
         )
-    with page.expect_download() as download:
-        page.keyboard.press("Control+Alt+e")
-    return Path(download.value.path()).read_text(encoding="utf-8")
 
 
-def rendered(browser: Any, svg: str) -> bytes:
+def sizes(page: Any, svg: str) -> Sizes:
+    """The sizes of the nodes' boxes in Netron's export `svg`, as an empty `page` lays it out."""
+    page.set_content(svg)
+    return {group: (width, height) for group, width, height in page.evaluate(BORDERS)}
+
+
+def rendered(chromium: Any, svg: str) -> bytes:
     """`svg` as a PNG of twice its size (or what Chromium can draw at most: 16,384 pixels)."""
     root = minidom.parseString(svg).documentElement
     width, height = int(root.getAttribute("width")), int(root.getAttribute("height"))
-    context = browser.new_context(device_scale_factor=min(2, 16384 / max(width, height)))
-    page = context.new_page()
+    scale = min(2, 16384 / max(width, height))
     data = base64.b64encode(svg.encode()).decode()
-    page.set_content(f'<img style="display: block" src="data:image/svg+xml;base64,{data}">')
-    return page.locator("img").screenshot()
+    with empty_page(chromium, device_scale_factor=scale) as page:
+        page.set_content(f'<img style="display: block" src="data:image/svg+xml;base64,{data}">')
+        return page.locator("img").screenshot()

@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,7 @@ import onnx_ir as ir
 
 from helpers import files, graph
 from helpers.graph import walks
-from helpers.view import browser
-from helpers.view import marks as drawing
+from helpers.view import browser, marks
 
 if TYPE_CHECKING:
     from IPython.display import IFrame
@@ -121,13 +121,13 @@ def _way(start: ir.Node, goals: set[ir.Node]) -> list[ir.Node]:
 def _choose(
     path: Path,
     model: ir.Model,
-    marks: list[ir.Node],
+    named: list[ir.Node],
     around: bool,
     up: int | None,
     down: int | None,
 ) -> list[ir.Node]:
     """The nodes to show: see `cut`, whose rule it is."""
-    if not marks:
+    if not named:
         if len([node for node in model.graph if node.op_type != "Constant"]) <= READABLE:
             return list(model.graph)
         for site in graph.sites(model):
@@ -141,10 +141,10 @@ def _choose(
     up, down = default if up is None else up, default if down is None else down
     taken = {
         near
-        for node in (marks[:1] if around else marks)
+        for node in (named[:1] if around else named)
         for near in graph.neighbours(node, up=up, down=down)
     }
-    for before, node in pairwise(marks):
+    for before, node in pairwise(named):
         taken.update(_way(node, {before}) or _way(node, taken), {node})
     return [node for node in model.graph if node in taken]
 
@@ -170,15 +170,15 @@ def cut(
     path = files.check(path, notes=[])  # what cannot be run can be seen
     model = graph.load(path, weights=False)
     wanted = [name for name in (around, *along, break_at) if name is not None]
-    marks = [_find(path, model, name) for name in wanted]
-    taken = _choose(path, model, marks, around is not None, up, down)
+    named = [_find(path, model, name) for name in wanted]
+    taken = _choose(path, model, named, around is not None, up, down)
     # Names need be neither there nor unique: number all nodes, cut, and put the names back.
     names = {str(i): node.name for i, node in enumerate(graph.nodes(model))}
     for number, node in zip(names, graph.nodes(model), strict=True):
         node.name = number
     small = graph.cut_out(model, taken)
     twins = {node.name: node for node in small.graph}
-    marked = [twins[node.name] for node in marks]
+    marked = [twins[node.name] for node in named]
     for node in graph.nodes(small):
         node.name = names[node.name]
     return View(
@@ -190,38 +190,49 @@ def cut(
     )
 
 
+def drawing(program: str | Path | None = None) -> AbstractContextManager[browser.Browser]:
+    """One Chromium for several pictures, each of which `save` is to draw in it.
+
+    `program` is that of this machine (`browser.chromium`) unless given. It starts where the context
+    begins, and ends with it. Raises `files.BadInput`.
+    """
+    return browser.opened(browser.chromium(program))
+
+
 def save(
     path: str | Path,
     save_as: str | Path,
     around: str | None = None,
     *,
-    chromium: str | Path | None = None,
+    chromium: str | Path | browser.Browser | None = None,
     **choice: Any,
 ) -> View:
     """Draw what `cut` chooses from the model at `path` to `save_as`, an .svg or .png; returns it.
 
-    `around` and `choice` are passed to `cut`. Netron draws it, in the `chromium` of this machine
-    (`browser.chromium`), with nothing sent over the network; the nodes named are marked so that no
-    colour is needed. ``str()`` of the result is the picture's text alternative. Raises
-    `files.BadInput`, and then writes nothing.
+    `around` and `choice` are passed to `cut`. Netron draws it, in a `chromium` that is started for
+    it from a program as in `drawing`, or in the one that `drawing` holds open, with nothing sent
+    over the network; the nodes named are marked so that no colour is needed. ``str()`` of the
+    result is the picture's text alternative. Raises `files.BadInput`, and then writes nothing.
     """
-    program = browser.chromium(chromium)
+    held = isinstance(chromium, browser.Browser)
+    context = nullcontext(chromium) if held else drawing(chromium)
     with browser.writing(save_as) as draft:
         shown = cut(path, around, **choice)
         number = {node: i for i, node in enumerate(shown.model.graph)}
         proto = shown.to_proto()
         for i, node in enumerate(proto.graph.node):
             node.name = str(i)  # so that Netron's identifiers are known, whatever the names are
-        drawing.draw(
-            proto.SerializeToString(),
-            draft,
-            program,
-            nodes=[(node.op_type, graph.name(node)) for node in number],
-            around=number.get(shown.around),
-            along=[number[node] for node in shown.along],
-            break_at=number.get(shown.break_at),
-            text=str(shown),
-        )
+        with context as opened:
+            marks.draw(
+                proto.SerializeToString(),
+                draft,
+                opened,
+                nodes=[(node.op_type, graph.name(node)) for node in number],
+                around=number.get(shown.around),
+                along=[number[node] for node in shown.along],
+                break_at=number.get(shown.break_at),
+                text=str(shown),
+            )
     return shown
 
 
