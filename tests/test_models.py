@@ -73,7 +73,7 @@ def test_a_checkpoint_whose_processor_is_not_needed_is_none_the_less_used(tmp_pa
     tiny.save_pretrained(tmp_path)
     study = models.load("deberta", checkpoint=tmp_path, attn_implementation="eager")
     assert not study.is_stand_in
-    assert study.source == "the published checkpoint microsoft/deberta-v3-base"
+    assert study.source == "the published checkpoint microsoft/deberta-v3-small"
     table = "embeddings.word_embeddings.weight"
     assert torch.equal(study.model.state_dict()[table], tiny.state_dict()[table])
 

@@ -49,16 +49,16 @@ def load(
     *,
     checkpoint: str | Path | None = None,
     attn_implementation: str = "sdpa",
-    num_hidden_layers: int | None = None,
     pooled: bool = False,
+    **changes: Any,
 ) -> Study:
     """The model `name` of `ARCHITECTURES`, in evaluation mode.
 
     `checkpoint` is a local folder with the published files. By default they come from the package
     that carries them, if there is one, and else from the hub at a pinned revision, or from its
     cache (always so with HF_HUB_OFFLINE=1). Where they are not to be had, a stand-in is made; with
-    `num_hidden_layers`, always, since it is another model then. With `pooled`, what it gives is
-    ``sentence_embedding``, see `sentence_encoder`.
+    `changes` of the published configuration (``num_hidden_layers=2``), always, since it is another
+    model then. With `pooled`, what it gives is ``sentence_embedding``, see `sentence_encoder`.
     Raises KeyError on an unknown name, `files.BadInput` on a folder without a checkpoint, or one of
     the package or the hub whose weights are not the published ones.
     """
@@ -68,14 +68,14 @@ def load(
     model_class = operator.attrgetter(architecture.model)(transformers)
     if pooled:
         model_class = sentence_encoder(model_class)
-    if num_hidden_layers is not None:
-        return _stand_in(architecture, model_class, attn_implementation, num_hidden_layers)
+    if changes:
+        return _stand_in(architecture, model_class, attn_implementation, changes)
     if checkpoint is not None:
         folder, origin = Path(checkpoint), ""
     else:
         folder, origin = _from_package(architecture) or (_from_hub(architecture), "")
     if folder is None:
-        return _stand_in(architecture, model_class, attn_implementation, None)
+        return _stand_in(architecture, model_class, attn_implementation, {})
     source = _source(architecture, folder, origin, given=checkpoint is not None)
     kind, processor = architecture.processor, None
     if kind is not None:
@@ -193,14 +193,15 @@ def _stand_in(
     architecture: Architecture,
     model_class: type[transformers.PreTrainedModel],
     attn_implementation: str,
-    layers: int | None,
+    changes: Mapping[str, Any],
 ) -> Study:
-    changes = {} if layers is None else {"num_hidden_layers": layers}
     model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
     source = (
         f"a stand-in with the configuration of {architecture.repository} and seeded weights,"
         f" {model.config.num_hidden_layers} layers"
     )
+    others = {name: value for name, value in changes.items() if name != "num_hidden_layers"}
+    source += "".join(f", {name} {value}" for name, value in others.items())
     return Study(model, None, source, is_stand_in=True)
 
 

@@ -36,8 +36,8 @@ ARCHITECTURES = {
     "deberta": Architecture(  # DeBERTa-v3 has the architecture of v2
         model="DebertaV2Model",
         processor=None,  # its vocabulary is published for another library alone, sentencepiece
-        repository="microsoft/deberta-v3-base",
-        revision="8ccc9b6f36199bec6961081d44eb72fb3f7353f3",
+        repository="microsoft/deberta-v3-small",
+        revision="a36c739020e01763fe789b4b85e2df55d6180012",
         config={
             "relative_attention": True,
             "position_buckets": 256,
@@ -46,7 +46,7 @@ ARCHITECTURES = {
             "pos_att_type": ["p2c", "c2p"],
             "position_biased_input": False,
             "hidden_size": 768,
-            "num_hidden_layers": 12,
+            "num_hidden_layers": 6,
             "num_attention_heads": 12,
             "intermediate_size": 3072,
         },
