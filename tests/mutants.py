@@ -1,14 +1,13 @@
 """Planted faults: graphs that a stock fusion fuses, with one thing of one attention changed.
 
-What became of a mutant is told by the optimizer itself and by running its result, without
-`helpers.explain`, which `miss` then holds against it.
+What became of a mutant is told by the optimizer itself, whose result is `watched` while
+`helpers.explain` runs it, and by running that result; `miss` then holds the explanation against it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import re
 from collections.abc import Iterator
@@ -262,32 +261,51 @@ def outputs(path: Path, inputs: Path) -> list[np.ndarray]:
     return files.session(path, optimise=False).run(None, dict(np.load(inputs)))
 
 
-def outcome(path: Path, mutant: Mutant, opt_level: int) -> str | None:
-    """ "stops", "wrong", "raises" or "holds"; None of a graph that does not run itself."""
+@contextlib.contextmanager
+def watched() -> Iterator[list[onnx.ModelProto | None]]:
+    """What each run of the optimizer in this context makes; None where it raises."""
+    plain, results = optimizer.optimize_model, []
+
+    def optimize_model(*args: Any, **options: Any) -> Any:
+        results.append(None)
+        made = plain(*args, **options)
+        results[-1] = onnx.ModelProto()
+        results[-1].CopyFrom(made.model)  # whoever asked may change it
+        return made
+
+    optimizer.optimize_model = optimize_model
+    try:
+        yield results
+    finally:
+        optimizer.optimize_model = plain
+
+
+def expected(path: Path, mutant: Mutant) -> list[np.ndarray] | None:
+    """What the mutant gives, which is written to `path`; None of a graph that does not run."""
     onnx.save(mutant.proto, path)
     try:
         onnx.checker.check_model(mutant.proto, full_check=True)
-        expected = outputs(path, mutant.seed.inputs)
+        return outputs(path, mutant.seed.inputs)
     except Exception:  # ONNX Runtime's own types: such a fault is none that a fusion meets
         return None
-    made = None
-    with quiet():  # one that raises leaves a temporary folder behind, with a warning
-        with contextlib.suppress(Exception):  # any: that is the answer
-            made = optimised(path, mutant.seed, opt_level)
-        if made is None:
-            gc.collect()
-            return "raises"
+
+
+def outcome(
+    made: onnx.ModelProto | None, right: list[np.ndarray], mutant: Mutant, path: Path
+) -> str:
+    """ "stops", "wrong", "raises" or "holds": what the optimizer has `made`, put at `path`."""
+    if made is None:
+        return "raises"
     if attentions(made) < 2:
         return "stops"
-    result = path.with_suffix(".optimised.onnx")
-    onnx.save(made, result)
+    onnx.save(made, path)
     try:
-        found = outputs(result, mutant.seed.inputs)
+        given = outputs(path, mutant.seed.inputs)
     except Exception:  # it fused into what does not run
         return "wrong"
-    if len(found) != len(expected):
+    if len(given) != len(right):
         return "wrong"
-    pairs = zip(expected, found, strict=True)
+    pairs = zip(right, given, strict=True)
     same = all(a.shape == b.shape and np.abs(a - b).max(initial=0) <= 1e-4 for a, b in pairs)
     return "holds" if same else "wrong"
 

@@ -5,7 +5,20 @@ import collections
 import jsonschema
 import onnx
 import pytest
-from mutants import HEADS, WIDTH, Mutant, Seed, attentions, miss, mutants, optimised, outcome, seeds
+from mutants import (
+    HEADS,
+    WIDTH,
+    Mutant,
+    Seed,
+    attentions,
+    expected,
+    miss,
+    mutants,
+    optimised,
+    outcome,
+    seeds,
+    watched,
+)
 from test_explain import SCHEMA
 
 from helpers import files
@@ -43,19 +56,22 @@ def missed(fused: list[Seed], folder, every: int) -> tuple[collections.Counter, 
 
 def told(mutant: Mutant, path, level: int) -> tuple[str | None, str | None]:
     """What became of `mutant`, and what `explain` does not tell of it."""
-    came = outcome(path, mutant, level)
-    if came is None:
+    right = expected(path, mutant)
+    if right is None:
         return None, None
-    parity = {"parity": True, "inputs": mutant.seed.inputs} if came in ("wrong", "holds") else {}
-    options = {"num_heads": HEADS, "hidden_size": WIDTH, "opt_level": level, **parity}
-    try:
-        answer = explain(path, mutant.seed.model_type, **options)
-    except files.BadInput as error:  # a mask turned round: nothing is left to compare
-        if "row that has a key" not in str(error):
-            raise
-        return "without a key", None
+    options = {"num_heads": HEADS, "hidden_size": WIDTH, "opt_level": level}
+    options |= {"parity": True, "inputs": mutant.seed.inputs}
+    with watched() as results:
+        try:
+            answer = explain(path, mutant.seed.model_type, **options)
+        except files.BadInput as error:  # a mask turned round: nothing is left to compare
+            if "row that has a key" not in str(error):
+                raise
+            return "without a key", None
+    [made] = results
     answer = answer.to_json()
     VALID.validate(answer)
+    came = outcome(made, right, mutant, path.with_suffix(".optimised.onnx"))
     return came, miss(mutant, came, answer)
 
 

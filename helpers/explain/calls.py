@@ -37,6 +37,7 @@ def file_of(code: CodeType) -> str:
     return "notebook cell" if "ipykernel" in code.co_filename else PurePath(code.co_filename).name
 
 
+@functools.cache
 def syntax(code: CodeType) -> ast.Module:
     """The source of a function, with the line numbers of its file; empty where there is none."""
     try:
