@@ -26,8 +26,8 @@ FORBIDDEN = {
     "a timestamp": r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d",
     "a warning": r"\b\w*Warning\b",
 }
-BUDGET = collections.defaultdict(lambda: 240, wav2vec2=540)  # seconds of a run
-LARGEST = 11 * 2**30  # bytes of memory
+BUDGET = collections.defaultdict(lambda: 120, wav2vec2=300)  # seconds of a run
+LARGEST = 10 * 2**30  # bytes of memory
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TAKES = r"(?P<minutes>\w+) minutes? on 2 cores, and less than (?P<gibibytes>\d+) GiB of memory"
 PLUMBING = r"^\s*(!|%(?!matplotlib inline))|sys\.path|pip install"
