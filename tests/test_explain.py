@@ -173,6 +173,11 @@ class Raises(Scaled):
         return node.input[7]
 
 
+class Twice(Bart):
+    def fuse_attention(self):
+        self.add_node(self.nodes()[-1])
+
+
 NUMBER = 7
 """
 
@@ -202,6 +207,16 @@ def test_a_fusion_of_ones_own_that_raises(tmp_path, own):
     assert (reason.kind, reason.fusion, reason.file) == ("raised", "Raises", "own.py")
     assert reason.source == "return node.input[7]"
     assert reason.message.startswith("IndexError")
+
+
+def test_an_optimizer_that_makes_no_valid_graph(tmp_path, own):
+    """As some do of BART's decoder: an output that two nodes declare."""
+    found = explain(attention(tmp_path), fusion=f"{own}:Twice", **options(), parity=True)
+    assert not any(site.fused for site in found.sites)
+    (reason,) = found.reasons
+    assert (reason.kind, reason.cause) == ("raised", "raised")
+    assert reason.message.startswith("what it made is no valid graph: Output '")
+    assert found.parity is None
 
 
 def test_a_fusion_without_source_is_explained_by_its_paths(tmp_path):

@@ -68,8 +68,12 @@ def applied(
         sites = graph.sites(model)
         if isinstance(optimised, Reason):
             return stopped(class_.__name__, sites, optimised, model)
-        in_functions = contents.has_functions
-        return places.outcome(class_.__name__, model, sites, optimised, watch, in_functions)
+        after = _read(optimised)
+        if isinstance(after, Reason):
+            return stopped(class_.__name__, sites, after, model)
+        return places.outcome(
+            class_.__name__, model, sites, optimised, after, watch, contents.has_functions
+        )
 
 
 def _optimised(
@@ -106,6 +110,20 @@ def _optimised(
         if draft:
             optimised.save_model_to_file(str(draft), large)
         return graph.without_weights(optimised.model)
+
+
+def _read(optimised: onnx.ModelProto) -> ir.Model | Reason:
+    """What the optimizer made, its functions inlined; or why that is no graph, which it can be:
+    of a decoder with ids of its own, some optimizers declare an input twice."""
+    try:
+        with quiet():  # onnx_ir warns of outputs that no node computes
+            return graph.inline(ir.from_proto(optimised))
+    except ir.serde.SerdeError as error:
+        while error.__cause__ is not None:  # it has been wrapped on the way out of the graph
+            error = error.__cause__
+        return Reason(
+            None, "raised", "raised", message=f"what it made is no valid graph: {files.told(error)}"
+        )
 
 
 def _following_links(path: str, with_data: bool) -> onnx.ModelProto:

@@ -15,7 +15,6 @@ from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, FusionWatch
 from helpers.explain.reasons import Check, Reason
 from helpers.explain.verdicts import Outcome
 from helpers.graph import walks
-from helpers.quiet import quiet
 
 
 def outcome(
@@ -23,12 +22,14 @@ def outcome(
     model: ir.Model,
     sites: list[graph.Site],
     optimised: onnx.ModelProto,
+    after: ir.Model,
     watch: FusionWatch,
     in_functions: bool,
 ) -> Outcome:
-    """What became of `sites`, of `model`, in the graph `optimised` by the optimizer `name`."""
+    """What became of `sites`, of `model`, in the graph `optimised` by the optimizer `name`, which
+    has been read as `after`."""
     places = _Places(watch, sites)
-    fused, still = _became(model, sites, optimised)
+    fused, still = _became(model, sites, optimised, after)
 
     def reason_of(number: int) -> Reason:
         if number not in still:
@@ -39,11 +40,10 @@ def outcome(
 
 
 def _became(
-    model: ir.Model, sites: list[graph.Site], optimised: onnx.ModelProto
+    model: ir.Model, sites: list[graph.Site], optimised: onnx.ModelProto, after: ir.Model
 ) -> tuple[set[int], set[int]]:
     """Which of `sites` are one operator in the graph `optimised`, and which are there unfused."""
-    with quiet():  # onnx_ir warns of outputs that no node computes
-        sites_after = graph.sites(graph.inline(ir.from_proto(optimised)))
+    sites_after = graph.sites(after)
     left = {site.node.outputs[0].name for site in sites_after if not site.fused}
     still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
     fused = set(range(len(sites))) - still
