@@ -1,11 +1,18 @@
 """What several test files need."""
 
+import gc
 import os
 
 import pytest
 
 from helpers.files import BadInput
 from helpers.view import browser
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays: without it, a collection takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 
 import contextlib
 import dataclasses
-import gc
 import importlib.metadata
 import logging
 import math
@@ -91,8 +90,7 @@ def run(
     groups = _groups(
         [contender for contender in contenders if not contender.reason], labels[0], at_once
     )
-    gc.collect()
-    files.give_back()
+    files.give_back(math.inf)  # of whatever was worked on before
     for number, together in enumerate(groups):
         if progress:
             logger.info(f"group {number + 1} of {len(groups)}: {len(together)} contenders")

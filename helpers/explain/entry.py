@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,6 @@ from helpers.explain.verdicts import Outcome, judged
 logger = logging.getLogger(__name__)
 
 LEVELS = (0, 1, 2, 99)  # of `opt_level`: how far ONNX Runtime itself optimises first
-
-WORTH_COLLECTING = 2**24  # bytes of a model; it takes a third of a second
 
 
 def explain(
@@ -54,8 +51,7 @@ def explain(
         answer = Explanation(outcome.optimizer, *judged(outcome))
         model, sites, stopped = outcome.model, outcome.sites, outcome.stopped
         del outcome
-        if files.size(opened) > WORTH_COLLECTING:  # fusions and models refer to each other
-            gc.collect()
+        files.give_back(files.size(opened))
         if cases and not stopped:
             compared = wrong_sites.find(opened, draft, *cases, model, sites)
             wrong_sites.mark(answer, *compared)

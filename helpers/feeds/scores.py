@@ -7,7 +7,6 @@ since nothing inside of a branch can be given out; so each choice of branches ha
 """
 
 import dataclasses
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,9 +81,7 @@ class Scores:
         """Give back the memory of the model and of its sessions."""
         self._sessions.clear()
         self._proto = None
-        if self.path.stat().st_size > files.SLOW:
-            gc.collect()  # models are in cycles, and hold the weights
-        files.give_back()
+        files.give_back(self.path.stat().st_size)
 
     def _session(self, choice: tuple[bool, ...]) -> "_Exposed":
         if choice not in self._sessions:

@@ -1,7 +1,7 @@
 """Model files: refuse a bad one at once, write a good one whole or not at all; sessions."""
 
 from helpers.errors import BadInput
-from helpers.files.checking import SLOW, check, checked
+from helpers.files.checking import check, checked
 from helpers.files.opening import Opened, data, size
 from helpers.files.refusals import raised, refused, told
 from helpers.files.saving import ONE_FILE, replacing, save, scratch, write, writing
@@ -9,7 +9,6 @@ from helpers.files.sessions import give_back, session
 
 __all__ = [
     "ONE_FILE",
-    "SLOW",
     "BadInput",
     "Opened",
     "check",

@@ -4,7 +4,6 @@ Nothing else catches every bad file (an empty file passes ``onnx.load``, truncat
 passes ``onnx.checker``), so `check` asks each in turn and ends with the runtime itself.
 """
 
-import gc
 import stat
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from helpers.files.refusals import lacking, refused
 from helpers.files.sessions import give_back
 from helpers.graph import external
 
-SLOW = 2**26  # bytes of a file whose memory is worth the time to look for what is free
 PROTOBUF = 2**31 - 1  # bytes of a file that protobuf reads
 
 
@@ -42,9 +40,7 @@ def checked(path: str | Path, *, notes: list[str] | None = None) -> Opened:
     try:
         opened.contents = Contents.of(proto, data)
         del proto  # the session reads the file again
-        if opened.path.stat().st_size > SLOW:
-            gc.collect()  # models are in cycles
-            give_back()
+        give_back(opened.path.stat().st_size)
         opened.session(optimise=False)
     except Exception as error:  # each library raises its own types; all mean that it does not load
         why = lacking(opened.path, error)

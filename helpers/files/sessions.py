@@ -1,12 +1,15 @@
 """Sessions of ONNX Runtime, and the memory that they leave."""
 
 import ctypes
+import gc
 from contextlib import suppress
 from pathlib import Path
 
 import onnxruntime as ort
 
 from helpers.graph import external
+
+WORTH_COLLECTING = 2**24  # bytes that are worth looking for: it takes a third of a second
 
 FOLDER = "session.model_external_initializers_file_folder_path"  # of the data, for ONNX Runtime
 
@@ -56,7 +59,11 @@ def session(
     return ort.InferenceSession(proto.SerializeToString(), options, **choice)
 
 
-def give_back() -> None:
-    """Give the memory that this process has freed back to the system, where the C library can."""
+def give_back(dropped: float = 0) -> None:
+    """Give the memory of a model of `dropped` bytes, which nothing refers to any more, back to the
+    system, where the C library can. Models are in cycles; of a small one, these are left to Python.
+    """
+    if dropped > WORTH_COLLECTING:
+        gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -8,7 +8,6 @@ the step at fault is found by bisection.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,8 +119,7 @@ def fuse(
     with files.writing(out, keep=opened.data) as draft:
         files.write(fused, draft)
         del fused
-        gc.collect()  # models are in cycles
-        files.give_back()
+        files.give_back(files.size(opened))
         written = files.Opened(draft)
         refusal = _does_not_load(written)
         if refusal:
