@@ -10,7 +10,7 @@ from helpers.view import browser
 
 
 def pytest_collection_finish() -> None:
-    """What the tests have imported stays: without it, a collection takes a tenth of the time."""
+    """What the tests have imported stays: a collection need not go through it each time."""
     gc.collect()
     gc.freeze()
 

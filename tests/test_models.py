@@ -78,6 +78,19 @@ def test_a_checkpoint_whose_processor_is_not_needed_is_none_the_less_used(tmp_pa
     assert torch.equal(study.model.state_dict()[table], tiny.state_dict()[table])
 
 
+def test_a_changed_configuration_is_a_stand_in_that_says_so():
+    small = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    study = models.load("deberta", attn_implementation="eager", **small)
+    assert study.is_stand_in
+    assert study.source.startswith(
+        "a stand-in with the configuration of microsoft/deberta-v3-small"
+    )
+    assert study.source.endswith("1 layers, hidden_size 24, intermediate_size 8, vocab_size 16")
+    assert study.model.config.vocab_size == 16
+    with pytest.raises(TypeError, match="num_layer: not in a DebertaV2Config"):
+        models.load("deberta", num_layer=1)
+
+
 def test_a_folder_without_a_checkpoint_is_bad_input(tiny, tmp_path):
     with pytest.raises(files.BadInput, match=r"no config\.json"):
         models.load("wav2vec2", checkpoint=tmp_path)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import onnx
 
-from helpers.explain import nearest, slicing
+from helpers.explain import calls, nearest, slicing
 from helpers.explain import onnxruntime_parts as parts
 from helpers.explain.optimizer_watch import Call, FusionWatch
 from helpers.explain.reasons import Attempt, Check, Reason
@@ -29,7 +29,7 @@ def conclude(watch: FusionWatch, call: Call) -> Reason:
         type(call.fusion).__name__,
         "end" if gave.end else "path" if gave.broken else "check",
         "other_check",
-        file=slicing.file_of(call.step.code),
+        file=calls.file_of(call.step.code),
         line=gave.line,
         source=gave.source,
         within=gave.within,

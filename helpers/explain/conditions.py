@@ -7,6 +7,15 @@ from typing import Any
 
 from helpers.explain.calls import Step, assigned_from, function_of
 
+# The syntax of an expression that can be evaluated again, and the functions that it may call.
+_PLAIN = (
+    *(ast.Name, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.Load),
+    *(ast.UnaryOp, ast.USub, ast.Not, ast.BinOp, ast.operator),
+    *(ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop),
+    *(ast.Tuple, ast.List, ast.Set, ast.Dict),
+)
+_HARMLESS = {"len", "hasattr"}
+
 
 class Conditions:
     """The code of one `step`, with the values that its variables had when it returned."""
@@ -16,16 +25,11 @@ class Conditions:
         self.function = function_of(step.code)  # None where there is no source
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression without calls; raises ValueError of any other."""
-        plain = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, ast.USub)
-        plain = (*plain, ast.Load, ast.Slice, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop)
-        plain = (*plain, ast.Not, ast.BinOp, ast.operator, ast.Tuple, ast.List, ast.Set, ast.Dict)
+        """The value of an expression without calls, but for `_HARMLESS` ones; raises ValueError of
+        any other."""
         for part in ast.walk(node):
-            is_len = isinstance(part, ast.Call) and getattr(part.func, "id", "") in (
-                "len",
-                "hasattr",
-            )
-            if not is_len and not isinstance(part, plain):
+            called = getattr(part.func, "id", "") if isinstance(part, ast.Call) else ""
+            if called not in _HARMLESS and not isinstance(part, _PLAIN):
                 raise ValueError(ast.dump(part))
         names = {**self.step.names, **self.step.local}
         try:

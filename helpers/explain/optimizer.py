@@ -24,7 +24,7 @@ from helpers.explain import onnxruntime_parts as parts
 from helpers.explain.conclusions import conclude
 from helpers.explain.optimizer_watch import FusionWatch
 from helpers.explain.reasons import Reason
-from helpers.explain.verdicts import Outcome, raised, stopped
+from helpers.explain.verdicts import Outcome, innermost, raised, stopped
 from helpers.explain.words import ProtoWriter
 from helpers.graph import external
 from helpers.quiet import quiet
@@ -119,11 +119,8 @@ def _read(optimised: onnx.ModelProto) -> ir.Model | Reason:
         with quiet():  # onnx_ir warns of outputs that no node computes
             return graph.inline(ir.from_proto(optimised))
     except ir.serde.SerdeError as error:
-        while error.__cause__ is not None:  # it has been wrapped on the way out of the graph
-            error = error.__cause__
-        return Reason(
-            None, "raised", "raised", message=f"what it made is no valid graph: {files.told(error)}"
-        )
+        message = f"what it made is no valid graph: {files.told(innermost(error))}"
+        return Reason(None, "raised", "raised", message=message)
 
 
 def _following_links(path: str, with_data: bool) -> onnx.ModelProto:

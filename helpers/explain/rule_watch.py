@@ -116,7 +116,7 @@ class RuleWatch:
         self.fired: dict[int, pattern.RewriteRule] = {}
         self.raised: pattern.RewriteRule | None = None
         self.created = created
-        self._watched, self._conclude = functools.cache(watched), conclude
+        self._watched, self._conclude = watched, conclude
         self._try: Try | None = None
         self._order = itertools.count()
         self._open: list[tuple[FrameType, Step]] = []  # calls of a rule's code that are running

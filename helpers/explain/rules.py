@@ -21,7 +21,7 @@ from helpers.explain import calls, chosen, slicing
 from helpers.explain import onnxscript_parts as parts
 from helpers.explain.reasons import Attempt, Check, Reason
 from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_any_of
-from helpers.explain.verdicts import Outcome, raised, stopped
+from helpers.explain.verdicts import Outcome, innermost, raised, stopped
 from helpers.explain.words import IrWriter
 from helpers.graph import walks
 from helpers.quiet import quiet
@@ -118,7 +118,7 @@ class _Reasons:
         else:
             gave = slicing.gave_up(call, self._names.write)
             reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
-            reason.file = slicing.file_of(call.code)
+            reason.file = calls.file_of(call.code)
             reason.cause = _cause_of_check(gave.values)
             test, operands = gave.test or gave.source, gave.operands
         blamed_operands = {
@@ -151,7 +151,7 @@ class _Reasons:
         if failure and not wanted and failure.path:
             wanted = failure.path[-1].wanted
         if written is not None:
-            reason.file = slicing.file_of(written)
+            reason.file = calls.file_of(written)
             reason.line, reason.source = _line(written, wanted[0] if wanted else None)
         if node is not None:
             reason.origin = graph.origin(node)
@@ -321,9 +321,7 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
 
 def _raised(watch: RuleWatch, error: Exception) -> Reason:
     """The reason that is an exception of a rule's or the library's own code."""
-    while error.__cause__ is not None:  # passes wrap what they raise
-        error = error.__cause__
-    return raised(error, _fusion(watch.raised) if watch.raised else None)
+    return raised(innermost(error), _fusion(watch.raised) if watch.raised else None)
 
 
 def _best(watch: RuleWatch, site: int, left: set[ir.Node]) -> Reason:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 import onnx_ir as ir
 
 from helpers import files, graph
-from helpers.explain import onnxruntime_parts, slicing
+from helpers.explain import calls, onnxruntime_parts, slicing
 from helpers.explain.reasons import Check, Reason, Verdict
 from helpers.explain.words import Writer
 
@@ -74,6 +74,13 @@ def shared_by_layers(reason: Reason) -> tuple:
     )
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What was raised first: passes and readers of graphs wrap it on its way out."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def raised(error: Exception, fusion: str | None, writer: Writer | None = None) -> Reason:
     """The reason that is an `error` of a fusion's own code, or of the library that runs it.
 
@@ -86,8 +93,8 @@ def raised(error: Exception, fusion: str | None, writer: Writer | None = None) -
         if PurePath(frame.f_code.co_filename).name != onnxruntime_parts.APPLYING
     ]
     frame, line = own[-1] if own else frames[-1]
-    step = slicing.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
-    reason = Reason(fusion, "raised", "raised", file=slicing.file_of(frame.f_code), line=line)
+    step = calls.Step(frame.f_code, 0, line, dict(frame.f_locals), frame.f_globals)
+    reason = Reason(fusion, "raised", "raised", file=calls.file_of(frame.f_code), line=line)
     reason.message = files.raised(error)
     if writer is None:
         reason.source = slicing.source_line(step)

@@ -59,7 +59,8 @@ def load(
     cache (always so with HF_HUB_OFFLINE=1). Where they are not to be had, a stand-in is made; with
     `changes` of the published configuration (``num_hidden_layers=2``), always, since it is another
     model then. With `pooled`, what it gives is ``sentence_embedding``, see `sentence_encoder`.
-    Raises KeyError on an unknown name, `files.BadInput` on a folder without a checkpoint, or one of
+    Raises KeyError on an unknown name, TypeError on a change of what no configuration of it has,
+    `files.BadInput` on a folder without a checkpoint, or one of
     the package or the hub whose weights are not the published ones.
     """
     import transformers
@@ -195,6 +196,8 @@ def _stand_in(
     attn_implementation: str,
     changes: Mapping[str, Any],
 ) -> Study:
+    if unknown := [name for name in changes if not hasattr(model_class.config_class(), name)]:
+        raise TypeError(f"{', '.join(unknown)}: not in a {model_class.config_class.__name__}")
     model = _seeded(model_class, {**architecture.config, **changes}, attn_implementation)
     source = (
         f"a stand-in with the configuration of {architecture.repository} and seeded weights,"
