@@ -45,7 +45,8 @@ def test_a_scale_that_bart_does_not_expect(tmp_path):
     broken = reason.attempt
     assert broken.expected == ["Softmax", "MatMul"]
     assert (broken.at.name, [one.name for one in broken.found]) == ("n_softmax", ["n_scale"])
-    assert reason.actual == (["Softmax", "Mul", "MatMul"], [0, 0, 0])
+    assert reason.actual.operators == ["Softmax", "Mul", "MatMul"]
+    assert reason.actual.inputs == [0, 0, 0]
     assert "n_scale" in str(found)
     assert found.table()["variable"].iloc[0] == reason.none[0]
     assert set(reason.none) <= set(found.table()["variable"])
@@ -61,7 +62,7 @@ def test_a_node_between_the_anchor_and_the_products(tmp_path):
     assert reason.none == ["qkv_nodes", "qkv_nodes_with_residual"]
     assert reason.attempt.at.name == "n_flat"
     assert [one.name for one in reason.attempt.found] == ["n_cast"]
-    assert reason.actual[0][:4] == ["Add", "MatMul", "Reshape", "Neg"]
+    assert reason.actual.operators[:4] == ["Add", "MatMul", "Reshape", "Neg"]
 
 
 def test_same_reason_of_several_layers_is_one(tmp_path):
@@ -198,7 +199,7 @@ def test_a_fusion_of_ones_own(tmp_path, own, name):
     assert (found.optimizer, reason.fusion, reason.file) == (name, "Scaled", "own.py")
     assert (reason.kind, reason.none) == ("path", ["scaled"])
     assert [one.name for one in reason.attempt.found] == ["n_scale"]
-    assert reason.actual == (["Mul", "MatMul"], [0, 0])
+    assert reason.actual.operators == ["Mul", "MatMul"]
     assert known == optimizer.MODEL_TYPES
 
 

@@ -36,7 +36,10 @@ def conclude(watch: FusionWatch, call: Call) -> Reason:
         anchor=call.anchor,
         none=gave.none,
     )
-    tried = [_Tried(attempt, nearest.nearest(attempt, call.producers)) for attempt in gave.broken]
+    tried = [
+        _Tried(attempt, nearest.nearest(attempt, call.producers, watch.goal(call, attempt)))
+        for attempt in gave.broken
+    ]
     tried.sort(key=lambda path: nearest.rank(*path))
     if tried:
         _blame(reason, tried[0], call, watch)
@@ -58,9 +61,9 @@ def _blame(reason: Reason, tried: _Tried, call: Call, watch: FusionWatch) -> Non
     """Let `reason` be the path that was `tried`."""
     attempt, near = tried
     reason.attempt = attempt
-    reason.actual = nearest.path(near)
+    reason.actual = nearest.path(near, attempt.start, watch.node)
     reason.cause = nearest.cause(attempt, near, call.producers)
-    attempt.found = nearest.unvisited(attempt, call.attempts)
+    attempt.found = nearest.unvisited(attempt, near, call.attempts)
     operators = {node.operator for node in attempt.found}
     needs_one_change = near is not None and near.cost < 2
     if watch.stopped and operators & {"Cast", "Reshape"} and needs_one_change:

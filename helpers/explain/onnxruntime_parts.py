@@ -152,9 +152,9 @@ def anchors(fusion: Any) -> list[str]:
     return list(fusion.search_op_types)
 
 
-def graph_of(fusion: Any) -> onnx.GraphProto:
-    """The graph that `fusion` is at work on."""
-    return fusion.model.model.graph
+def model_of(fusion: Any) -> onnx.ModelProto:
+    """The model that `fusion` is at work on."""
+    return fusion.model.model
 
 
 class Changes(NamedTuple):

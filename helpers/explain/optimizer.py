@@ -160,7 +160,7 @@ def _raised(watch: FusionWatch, error: Exception) -> Reason:
 
 def _dangling(watch: FusionWatch) -> dict[str, str]:
     """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
-    proto = parts.graph_of(watch.last)
+    proto = parts.model_of(watch.last).graph
     computed = {name for node in proto.node for name in node.output}
     computed |= {value.name for value in (*proto.input, *proto.initializer)} | {""}
     dangling = {}

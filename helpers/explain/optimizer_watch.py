@@ -22,6 +22,7 @@ import onnx
 from helpers.explain import onnxruntime_parts as parts
 from helpers.explain import shape_inference
 from helpers.explain.calls import Step
+from helpers.explain.moment import Goal, Moment
 from helpers.explain.reasons import Attempt, Node, Reason
 
 # What fusions for attention start from, where it is made by another fusion.
@@ -86,6 +87,7 @@ class FusionWatch:
         self._open: list[tuple[FrameType, Step]] = []
         self._call: Call | None = None
         self._attempt: Attempt | None = None  # the path that is being matched
+        self._moment: Moment | None = None  # of the fusion that is being applied
 
     def __enter__(self) -> FusionWatch:
         self._before = [(class_, name, getattr(class_, name)) for class_, name, _ in self._patched]
@@ -112,7 +114,7 @@ class FusionWatch:
         @functools.wraps(apply)
         def traced(fusion: Any) -> None:
             """Trace these fusions alone: under a trace, all the rest takes half as long again."""
-            self.last = fusion
+            self.last, self._moment = fusion, Moment(parts.model_of(fusion))
             before = sys.gettrace()
             if self.attends(fusion):
                 self.anchors[type(fusion).__name__] = parts.anchors(fusion)
@@ -133,6 +135,10 @@ class FusionWatch:
     def attends(self, fusion: Any) -> bool:
         """Whether `fusion` makes attention operators, or is one that was to be watched besides."""
         return "Attention" in parts.makes(fusion) or isinstance(fusion, self.also)
+
+    def goal(self, call: Call, attempt: Attempt) -> Goal:
+        """Where the path of an `attempt` of `call` should end, in the graph as it is now."""
+        return self._moment.goal(attempt) if self.attends(call.fusion) else Goal()
 
     def node(self, proto: onnx.NodeProto) -> Node:
         """`proto` under the name that the file has for it."""

@@ -44,8 +44,8 @@ def _became(
 ) -> tuple[set[int], set[int]]:
     """Which of `sites` are one operator in the graph `optimised`, and which are there unfused."""
     sites_after = graph.sites(after)
-    left = {site.node.outputs[0].name for site in sites_after if not site.fused}
-    still = {i for i, s in enumerate(sites) if not s.fused and s.node.outputs[0].name in left}
+    left = {name for site in sites_after if not site.fused for name in _known_by(site)}
+    still = {i for i, s in enumerate(sites) if not s.fused and not left.isdisjoint(_known_by(s))}
     fused = set(range(len(sites))) - still
     if sum(site.fused for site in sites_after) < len(fused):  # some are neither
         stand_for = {
@@ -53,6 +53,13 @@ def _became(
         }
         fused = {i for i in fused if i in stand_for or sites[i].fused}
     return fused, still
+
+
+def _known_by(site: graph.Site) -> set[str]:
+    """The names by which a site is known again: the optimizer may keep some of them alone, as where
+    it casts the Softmax of a half-precision model."""
+    nodes = [node for node in (site.node, site.context) if node is not None]
+    return {name for node in nodes for name in (node.name, node.outputs[0].name) if name}
 
 
 def _taken_away(optimised: onnx.ModelProto) -> Reason:

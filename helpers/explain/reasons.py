@@ -117,6 +117,28 @@ def _single_or_all(things: list[str]) -> str | list[str] | None:
     return (things[0] if len(things) == 1 else things) if things else None
 
 
+@dataclass(frozen=True)
+class ActualPath:
+    """A path of the graph, from `start` up against the arrows: `nodes[i]` computes input
+    ``inputs[i]`` of the node before it."""
+
+    start: Node
+    nodes: list[Node]
+    inputs: list[int]
+
+    @property
+    def operators(self) -> list[str]:
+        return [node.operator for node in self.nodes]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "start": self.start.name,
+            "operators": self.operators,
+            "inputs": self.inputs,
+            "nodes": [node.name for node in self.nodes],
+        }
+
+
 @dataclass
 class Check:
     """A test in a fusion's code that said no: its `source`, and the value of each of `operands`, by
@@ -149,7 +171,7 @@ class Reason:
     attempt: Attempt | None = None
     check: Check | None = None
     none: list[str] = field(default_factory=list)
-    actual: tuple[list[str], list[int]] | None = None
+    actual: ActualPath | None = None
     origin: str | None = None  # where the node that is there came from in PyTorch
     shape: str | None = None  # of what the node that is there computes
     message: str | None = None
@@ -183,8 +205,7 @@ class Reason:
             "check": dataclasses.asdict(self.check) if self.check else None,
             "origin": self.origin,
             "shape": self.shape,
-            "actual_path": self.actual
-            and dict(zip(("operators", "inputs"), self.actual, strict=True)),
+            "actual_path": self.actual.to_json() if self.actual else None,
             "message": self.message,
             "attempts": [attempt.to_json() for attempt in self.attempts],
             "earlier": self.earlier.to_json() if self.earlier else None,
@@ -213,7 +234,10 @@ class Reason:
         parts += [("shape", self.shape)] if self.shape and broken else []
         parts += [("PyTorch", self.origin)] if self.origin else []
         if self.actual:
-            parts += [("there is", f"{json.dumps(self.actual[0])}, {json.dumps(self.actual[1])}")]
+            operators, inputs = json.dumps(self.actual.operators), json.dumps(self.actual.inputs)
+            parts += [("there is", f"{operators}, {inputs}")]
+            end = self.actual.nodes[-1]
+            parts += [("", f"from {self.actual.start.name} to {end.operator} {end.name}")]
         others = [attempt for attempt in self.attempts if attempt is not broken][:4]
         parts += [
             (

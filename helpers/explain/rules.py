@@ -19,7 +19,7 @@ from onnxscript.rewriter import ort_fusions, pattern
 from helpers import files, graph
 from helpers.explain import calls, chosen, slicing
 from helpers.explain import onnxscript_parts as parts
-from helpers.explain.reasons import Attempt, Check, Reason
+from helpers.explain.reasons import ActualPath, Attempt, Check, Reason
 from helpers.explain.rule_watch import CONTEXT, Failure, RuleWatch, Try, is_any_of
 from helpers.explain.verdicts import Outcome, innermost, raised, stopped
 from helpers.explain.words import IrWriter
@@ -68,11 +68,11 @@ class _Reasons:
         reason = self._reason(tried, "path", _cause(failure, further), node_there, failure)
         reason.attempt = attempt
         if further:
-            path_there = [*zip(attempt.expected, attempt.inputs, strict=True)][:-1]
-            path_there += [(node_there.op_type, step.index), *further]
-            reason.actual = (
-                [operator for operator, _ in path_there],
-                [index for _, index in path_there],
+            there = [(node_there, step.index), *further]
+            reason.actual = ActualPath(
+                attempt.start,
+                [*attempt.matched, *(names.node(node) for node, _ in there)],
+                [*attempt.inputs[:-1], *(index for _, index in there)],
             )
         return reason, attempt
 
@@ -198,13 +198,13 @@ def _line(code: CodeType, wanted: parts.NodePattern | None) -> tuple[int, str]:
 
 def _way(
     start: ir.Node, wanted: list[parts.NodePattern], far: int = 3
-) -> list[tuple[str, int]] | None:
-    """The way up from `start` to the nearest node that is wanted: operators and inputs."""
+) -> list[tuple[ir.Node, int]] | None:
+    """The way up from `start` to the nearest node that is wanted: nodes, and by which inputs."""
 
     def above(place: tuple[ir.Node, tuple]) -> list[tuple[ir.Node, tuple]]:
         node, steps = place
         producers = ((i, value.producer()) for i, value in enumerate(node.inputs) if value)
-        return [(near, (*steps, (near.op_type, i))) for i, near in producers if near is not None]
+        return [(near, (*steps, (near, i))) for i, near in producers if near is not None]
 
     places = walks.walk([(start, ())], above, far=far)
     return next((list(steps) for node, steps in places if steps and is_any_of(node, wanted)), None)

@@ -67,7 +67,8 @@ def shared_by_layers(reason: Reason) -> tuple:
     return (
         *(reason.fusion, reason.kind, reason.cause, reason.file, reason.line),
         None if reason.file else reason.message,  # the message of a check in code may have names
-        *(tuple(reason.within), tuple(reason.none), repr(reason.actual)),
+        *(tuple(reason.within), tuple(reason.none)),
+        reason.actual and (*reason.actual.operators, *reason.actual.inputs),
         path,
         reason.check and reason.check.source,
         reason.earlier and shared_by_layers(reason.earlier),
