@@ -87,18 +87,31 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
         choice = {"rules": arguments.rules, "inputs": arguments.inputs}
     else:
+        _tell_heads(arguments, explain.heads(model))
         names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
         choice = {name: getattr(arguments, name) for name in names}
         choice["opt_level"] = arguments.opt_level
-    explanation = explain.explain(model, parity=arguments.parity, **choice)
+    comparing = {"parity": arguments.parity, "write": arguments.write}
+    explanation = explain.explain(model, **comparing, **choice)
     if arguments.what_if:
         own_level = choice.pop("opt_level")
         levels = [level for level in explain.LEVELS if level != own_level]
         explanation.what_if = explain.what_if(model, opt_levels=levels, **choice)
     if arguments.save:
         _save_cut(arguments, explanation)
-    status = FAILED if explanation.parity and not explanation.parity.held else DONE
+    status = FAILED if explanation.failed else DONE
     return status, explanation.to_json(), f"{arguments.model}\n{explanation}"
+
+
+def _tell_heads(arguments: argparse.Namespace, heads: tuple[int, int] | None) -> None:
+    """Say that --num-heads is missing, and what the graph has."""
+    if arguments.num_heads:
+        return
+    line = f"{arguments.model}: no --num-heads, without which some fusions do nothing"
+    if heads:
+        number, width = heads
+        line += f"; the graph has --num-heads {number} --hidden-size {number * width}"
+    print(line, file=sys.stderr)
 
 
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -173,8 +186,15 @@ def _explain_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-heads", type=int, default=0, metavar="N")
     command.add_argument("--hidden-size", type=int, default=0, metavar="N")
     command.add_argument("--opt-level", type=int, choices=(0, 1, 2, 99))
-    command.add_argument("--parity", action="store_true", help="say which sites fused wrong, too")
+    command.add_argument(
+        "--parity",
+        action=argparse.BooleanOptionalAction,
+        help="say which sites fused wrong, too; for a fusion or rules of yours by default",
+    )
     command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+    command.add_argument(
+        "--write", type=Path, metavar="OUT.onnx", help="what the fusion made, if parity holds"
+    )
     command.add_argument(
         "--save", type=Path, metavar="CUT.onnx", help="what is near the first break, or an .svg"
     )

@@ -26,7 +26,7 @@ def conclude(watch: FusionWatch, call: Call) -> Reason:
     write = ProtoWriter(call.producers, watch.node).write
     gave = slicing.gave_up(call.step, write)
     reason = Reason(
-        type(call.fusion).__name__,
+        call.fusion,
         "end" if gave.end else "path" if gave.broken else "check",
         "other_check",
         file=calls.file_of(call.step.code),
@@ -49,8 +49,6 @@ def conclude(watch: FusionWatch, call: Call) -> Reason:
     operands = {**decided, **_before(watch, reason.attempt, write)}
     if operands or not tried or gave.end:
         reason.check = Check(gave.test or gave.source, operands)
-    if reason.check and "num_heads" in reason.check.source:
-        reason.message = "give the number of heads and the hidden size, if you have not"
     ranked = [path.attempt for path in tried]
     rest = [attempt for attempt in call.attempts if attempt.broke and attempt not in ranked]
     reason.attempts = [*ranked, *sorted(rest, key=lambda attempt: -len(attempt.matched))]

@@ -68,7 +68,7 @@ class Conditions:
         if self.function is None:
             return None, [], False
         statement = self.function.at(self.step.line)
-        if not isinstance(statement, (ast.Return, ast.Raise)):
+        if not isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break)):
             return statement, self._at_end(statement), True
         leaves = self._around(statement)
         if leaves or self.returned(statement):

@@ -43,14 +43,22 @@ class Goal(NamedTuple):
         return len(wanted) + (100 if self.outputs else 3)
 
 
-class Moment:
-    """The sites of a `model` that is being changed."""
+class Products(NamedTuple):
+    """The two products of a site, and all between them."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
+    scores: ir.Node
+    context: ir.Node
+    between: set[ir.Node]
+
+
+class Moment:
+    """The sites of a `model` that is being changed; in the file it had the sites `before`."""
+
+    def __init__(self, model: onnx.ModelProto, before: list[graph.Site]) -> None:
+        self._model, self._before = model, before
 
     @functools.cached_property
-    def _graph(self) -> tuple[dict[str, ir.Node], list[graph.Site]]:
+    def _graph(self) -> tuple[dict[str, ir.Node], list[Products]]:
         """The nodes by their outputs, and the sites that are not fused; none of no valid graph."""
         try:
             with quiet():
@@ -58,8 +66,15 @@ class Moment:
                 sites = graph.sites(model)
         except Exception:  # any: a graph that is being changed need not be one
             return {}, []
-        nodes = {value.name: node for node in graph.nodes(model) for value in node.outputs}
-        return nodes, [site for site in sites if not site.fused]
+        nodes = list(graph.nodes(model))
+        pairs = [(site.scores, site.context) for site in sites if not site.fused]
+        # What is no site any more, as where ONNX Runtime wrote out the Softmax, is known by names.
+        named = {node.name: node for node in nodes if node.name}
+        for site in self._before:
+            if not site.fused:
+                pairs.append((named.get(site.scores.name), named.get(site.context.name)))
+        products = [Products(*pair, walks.between(*pair)) for pair in pairs if None not in pair]
+        return {value.name: node for node in nodes for value in node.outputs}, products
 
     def goal(self, attempt: Attempt) -> Goal:
         """Where the path of `attempt` should end, up the graph.
@@ -72,10 +87,10 @@ class Moment:
         start = nodes.get(attempt.start.output)
         if start is None:
             return Goal()
-        inside = next((site for site in sites if start in _within(site)), None)
+        inside = next((site for site in sites if start in site.between), None)
         if inside is None:
-            site = _latest_above(start, sites)
-            return _to([site.context]) if site else Goal()
+            context = _latest_above(start, [site.context for site in sites])
+            return _to([context]) if context else Goal()
         if attempt.expected[-1] not in PRODUCTS:
             return Goal()
         if "Softmax" in attempt.expected or start not in (inside.scores, inside.context):
@@ -83,33 +98,24 @@ class Moment:
         return _to(_projections(start, inside))
 
 
-def _within(site: graph.Site) -> set[ir.Node]:
-    return walks.between(site.scores, site.context)
-
-
-def _latest_above(start: ir.Node, sites: list[graph.Site]) -> graph.Site | None:
-    """The nearest site above `start` from which no other leads there."""
-    of_context = {site.context: site for site in sites}
-    above = [node for node in walks.upstream(start) if node in of_context]
+def _latest_above(start: ir.Node, contexts: list[ir.Node]) -> ir.Node | None:
+    """The nearest of `contexts` above `start` from which no other leads there."""
+    above = [node for node in walks.upstream(start) if node in contexts]
     for node in above:
         below = {*walks.downstream(node)} - {node}
         if not any(other in below for other in above):
-            return of_context[node]
+            return node
     return None
 
 
-def _projections(start: ir.Node, site: graph.Site) -> list[ir.Node]:
+def _projections(start: ir.Node, site: Products) -> list[ir.Node]:
     """The first products above `start`, one of the site's, that are none of it."""
 
     def above(node: ir.Node) -> list[ir.Node]:
         return walks.producers(node) if node is start or node.op_type not in PRODUCTS else []
 
-    own = _within(site)
-    return [
-        node
-        for node in walks.walk([start], above, stop=own - {start})
-        if node.op_type in PRODUCTS and node is not start
-    ]
+    reached = walks.walk([start], above, stop=site.between - {start})
+    return [node for node in reached if node.op_type in PRODUCTS and node is not start]
 
 
 def _to(ends: list[ir.Node]) -> Goal:

@@ -6,6 +6,7 @@ optimizer is imported when a function needs it: from then on its folder is on `s
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import sys
@@ -18,6 +19,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
+
+from helpers import graph
+from helpers.explain.calls import syntax
+from helpers.graph import walks
+
+# The methods by which a fusion asks a graph for paths.
+MATCHING = {
+    *("match_parent", "match_parent_path", "match_parent_paths", "match_parent_paths_all"),
+    *("match_child_path",),
+}
 
 # The file whose code applies a fusion to all nodes that it starts from.
 APPLYING = "fusion_base.py"
@@ -153,8 +164,9 @@ def anchors(fusion: Any) -> list[str]:
 
 
 def model_of(fusion: Any) -> onnx.ModelProto:
-    """The model that `fusion` is at work on."""
-    return fusion.model.model
+    """The model that `fusion`, or a method of the optimizer `fusion`, is at work on."""
+    model = fusion.model
+    return model if isinstance(model, onnx.ModelProto) else model.model
 
 
 class Changes(NamedTuple):
@@ -240,6 +252,75 @@ def matching(
         for class_ in classes
         if hasattr(vars(class_).get(name), "__code__")
     }
+
+
+class Method(NamedTuple):
+    """A method of the optimizer `owner` that makes attentions itself; `matches` is whether it asks
+    for paths, by which it can be followed. `anchors` are the operators that it starts from."""
+
+    owner: type
+    name: str
+    code: CodeType
+    matches: bool
+
+    @property
+    def anchors(self) -> list[str]:
+        """The operators in calls of ``get_nodes_by_op_type``."""
+        calls = [node for node in ast.walk(syntax(self.code)) if isinstance(node, ast.Call)]
+        return [
+            call.args[0].value
+            for call in calls
+            if getattr(call.func, "attr", "") == "get_nodes_by_op_type"
+            and call.args
+            and isinstance(call.args[0], ast.Constant)
+        ]
+
+
+def attention_methods(optimizer: type) -> list[Method]:
+    """The methods of the class `optimizer` that make attentions: the innermost, of those that call
+    one another.
+
+    Whether one `matches` paths is told by the functions that it calls, and these in turn.
+    """
+    members: dict[str, tuple[type, CodeType]] = {}
+    for class_ in reversed(optimizer.__mro__):
+        if class_.__name__ != "OnnxModel":
+            codes = {name: getattr(value, "__code__", None) for name, value in vars(class_).items()}
+            members |= {name: (class_, code) for name, code in codes.items() if code}
+
+    def called(name: str) -> list[str]:
+        return [other for other in members[name][1].co_names if other in members]
+
+    def codes(name: str) -> list[CodeType]:
+        return [members[other][1] for other in walks.walk([name], called)]
+
+    making = {name for name in members if any(map(_makes_attention, codes(name)))}
+    innermost = [name for name in making if making.isdisjoint({*called(name)} - {name})]
+    return [
+        Method(
+            *(members[name][0], name, members[name][1]),
+            any(not MATCHING.isdisjoint(code.co_names) for code in codes(name)),
+        )
+        for name in sorted(innermost)
+    ]
+
+
+def _makes_attention(code: CodeType) -> bool:
+    """Whether a method calls a function to create an attention, or ``make_node("Attention", …)``;
+    not one that names attentions besides, to change those that are there."""
+    if any(name.startswith("create_") and "attention" in name for name in code.co_names):
+        return True
+    operators = {operator for _, operator in graph.FUSED}
+    nodes = list(ast.walk(syntax(code)))
+    named = {node for node in nodes if isinstance(node, ast.Constant) and node.value in operators}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    made = {call.args[0] for call in calls if getattr(call.func, "attr", "") == "make_node"}
+    return bool(named) and named <= made
+
+
+def attentions(model: onnx.ModelProto) -> int:
+    """How many attentions there are in `model`, as one operator."""
+    return sum((node.domain, node.op_type) in graph.FUSED for node in model.graph.node)
 
 
 class Asked(NamedTuple):

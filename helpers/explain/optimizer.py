@@ -62,18 +62,19 @@ def applied(
     contents = opened.contents
     model = contents.model.clone()  # whose shapes may be inferred
     with chosen.registered(model_type, fusion) as (key, class_, also):
-        watch = FusionWatch([class_], contents.nodes, contents.tensors, conclude, also)
+        sites = graph.sites(model)
+        watch = FusionWatch(class_, contents.nodes, contents.tensors, sites, conclude, also)
         choice = (num_heads, hidden_size, options, opt_level)
         optimised = _optimised(opened, key, watch, save, draft, *choice)
-        sites = graph.sites(model)
-        if isinstance(optimised, Reason):
-            return stopped(class_.__name__, sites, optimised, model)
-        after = _read(optimised)
+        after = optimised if isinstance(optimised, Reason) else _read(optimised)
         if isinstance(after, Reason):
             return stopped(class_.__name__, sites, after, model)
-        return places.outcome(
+        outcome = places.outcome(
             class_.__name__, model, sites, optimised, after, watch, contents.has_functions
         )
+        outcome.watched, outcome.later = watch.anchors, graph.later_operators(after)
+        outcome.given = num_heads, hidden_size
+        return outcome
 
 
 def _optimised(
@@ -151,7 +152,7 @@ def _raised(watch: FusionWatch, error: Exception) -> Reason:
     """The reason that is an exception of the optimizer's own code."""
     call = watch.calls[-1] if watch.calls and watch.calls[-1].raised else None
     writer = ProtoWriter(call.producers if call else {}, watch.node)
-    reason = raised(error, type(call.fusion).__name__ if call else None, writer)
+    reason = raised(error, call.fusion if call else None, writer)
     reason.anchor = call.anchor if call else None
     if watch.last is not None:
         reason.check.operands |= _dangling(watch)
@@ -160,7 +161,7 @@ def _raised(watch: FusionWatch, error: Exception) -> Reason:
 
 def _dangling(watch: FusionWatch) -> dict[str, str]:
     """What is read in the unfinished graph and no longer computed there: used elsewhere, then."""
-    proto = parts.model_of(watch.last).graph
+    proto = watch.last.graph
     computed = {name for node in proto.node for name in node.output}
     computed |= {value.name for value in (*proto.input, *proto.initializer)} | {""}
     dangling = {}

@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain import onnxruntime_parts as parts
 from helpers.explain import wrong_sites
 from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, FusionWatch
 from helpers.explain.reasons import Check, Reason
@@ -44,7 +43,12 @@ def _became(
 ) -> tuple[set[int], set[int]]:
     """Which of `sites` are one operator in the graph `optimised`, and which are there unfused."""
     sites_after = graph.sites(after)
-    left = {name for site in sites_after if not site.fused for name in _known_by(site)}
+    left = {
+        name
+        for node in graph.nodes(after)
+        if (node.domain, node.op_type) not in graph.FUSED
+        for name in (node.name, *(value.name for value in node.outputs))
+    }
     still = {i for i, s in enumerate(sites) if not s.fused and not left.isdisjoint(_known_by(s))}
     fused = set(range(len(sites))) - still
     if sum(site.fused for site in sites_after) < len(fused):  # some are neither
@@ -56,8 +60,8 @@ def _became(
 
 
 def _known_by(site: graph.Site) -> set[str]:
-    """The names by which a site is known again: the optimizer may keep some of them alone, as where
-    it casts the Softmax of a half-precision model."""
+    """The names by which a site is known again: ONNX Runtime may keep one of them alone, as where
+    it has no kernel for a Softmax in float16, and writes it out."""
     nodes = [node for node in (site.node, site.context) if node is not None]
     return {name for node in nodes for name in (node.name, node.outputs[0].name) if name}
 
@@ -81,8 +85,8 @@ class _Places:
         makes = self.anchors | ({"LayerNormalization"} if self.anchors & NORMALIZATIONS else set())
         self.calls: dict[str, list[Call]] = {}
         for call in watch.calls:
-            early = parts.makes(call.fusion) in makes and _near(call)
-            if not call.done and (watch.attends(call.fusion) or early):
+            early = call.makes in makes and _near(call)
+            if not call.done and (call.attends or early):
                 self.calls.setdefault(call.anchor.output, []).append(call)
         self.products = {
             node for site in sites for node in (site.node, site.scores, site.context) if node
@@ -92,7 +96,7 @@ class _Places:
         own = {node for node in (site.node, site.scores, site.context) if node}
         touching = self._touching({value.name for node in own for value in node.outputs})
         call = self._downstream(site, own, touching) or touching
-        if call and self.watch.attends(call.fusion):
+        if call and call.attends:
             return call.reason
         starts = f"it starts from {' or '.join(sorted(self.anchors))}, and there is none after the"
         if call:  # of an earlier fusion, which should have made the anchor
@@ -147,12 +151,7 @@ class _Places:
             )
             return call.anchor.output in names or not names.isdisjoint(reached)
 
-        calls = [
-            call
-            for calls in self.calls.values()
-            for call in calls
-            if self.watch.attends(call.fusion)
-        ]
+        calls = [call for calls in self.calls.values() for call in calls if call.attends]
         return max(filter(touches, calls), key=_progress, default=None)
 
     def _downstream(
@@ -172,7 +171,7 @@ class _Places:
         for node in walks.walk([site.node], below, stop=others):
             for value in node.outputs:
                 calls = self.calls.get(value.name, [])
-                attending = [call for call in calls if self.watch.attends(call.fusion)]
+                attending = [call for call in calls if call.attends]
                 if attending:
                     return max(attending, key=_progress) if touching not in calls else touching
                 if calls and touching is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,12 +28,17 @@ CAUSES = {
     "symbolic_dimension": "a symbolic dimension that was not unified",
     "shape_inference": "shape inference failed",
     "unsupported_form": "a form of attention that it does not know",
+    "packed_projection": "one product makes queries, keys and values together",
+    "quantised": "a quantised product, which it does not read",
+    "heads": "other heads, or another hidden size, than the graph has",
+    "branch": "it is in a branch, and the optimizer does not read branches",
     "raised": "its own code failed",
     "other_check": "another check of its code",
 }
 
 
 SHOWN = 3  # reasons that the text tells
+WIDTH = 100  # columns to which a message is wrapped
 
 
 def count(number: int, what: str) -> str:
@@ -214,7 +220,8 @@ class Reason:
     def __str__(self) -> str:
         """What a terminal shows of it; at most 30 lines."""
         broken, where = self.attempt, f"{self.file}:{self.line}  {self.source}"
-        parts = [("why", CAUSES[self.cause] + (f": {self.message}" if self.message else ""))]
+        parts = [("why", CAUSES[self.cause])]
+        parts += [("", line) for line in _wrapped(self.message or "")]
         parts += [("code", where)] if self.file else []
         parts += [("called", called) for called in self.within[-2:]]
         parts += [("None", ", ".join(self.none))] if self.none else []
@@ -249,6 +256,10 @@ class Reason:
         return "\n".join(f"   {label:<8} {text}".rstrip() for label, text in parts)
 
 
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
 def _short(text: str, width: int = 160) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[:width]} …"
@@ -268,18 +279,35 @@ class Verdict:
 
 @dataclass
 class Explanation:
-    """What became of each site of a graph, and why; ``str()`` of it is the text for a terminal."""
+    """What became of each site of a graph, and why; ``str()`` of it is the text for a terminal.
+
+    `parity` is that of the optimised model with the one that it came from, if asked for and told;
+    `not_compared` why it could not be told. `watched` has the fusions that were applied, with the
+    operators that they start from, and `notes` what else a reader should know of the file.
+    """
 
     optimizer: str
     sites: list[Verdict]
     reasons: list[Reason]
-    parity: Candidate | None = None  # of the optimised model with the one it came from, if asked
+    parity: Candidate | None = None
+    not_compared: str | None = None
+    written: str | None = None  # the file that holds the result
+    watched: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     what_if: list[dict[str, Any]] | None = None  # the same at other levels, if asked, a row each
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was fused is not right, or could not be told to be."""
+        if self.parity:
+            return not self.parity.held
+        return self.not_compared is not None and any(site.fused for site in self.sites)
 
     def __str__(self) -> str:
         fused, lines = sum(site.fused for site in self.sites), []
+        notes = [f"note: {note}" for note in self.notes]
         if not self.sites:
-            return f"{self.optimizer}: no attention site in this graph"
+            return "\n".join([f"{self.optimizer}: no attention site in this graph", *notes])
         verdict = f"{self.optimizer}: {count(len(self.sites), 'site')}, {fused} fused"
         lines.append(f"{verdict}, {count(len(self.reasons), 'reason')}")
         if self.parity:
@@ -287,6 +315,8 @@ class Explanation:
             wrong = [site.name for site in self.sites if site.wrong]
             more = f" … {wrong[-1]}" if len(wrong) > 1 else ""
             lines += [f"{count(len(wrong), 'site')} fused wrong: {wrong[0]}{more}"] if wrong else []
+        lines += [f"{self.written}: written"] if self.written else []
+        lines += notes
         for number, reason in enumerate(self.reasons[:SHOWN]):
             names = [self.sites[i].layer or self.sites[i].name for i in reason.sites]
             more = f" … {names[-1]}" if len(names) > 1 else ""
@@ -299,6 +329,8 @@ class Explanation:
             ]
         if len(self.reasons) > SHOWN:
             lines += ["", f"{count(len(self.reasons) - SHOWN, 'reason')} more: see --json"]
+        if self.not_compared:
+            lines += ["", f"parity could not be told: {self.not_compared}"]
         if self.what_if:
             lines += ["", "what if: at another opt_level"]
             lines += [
@@ -331,5 +363,9 @@ class Explanation:
             "sites": [dataclasses.asdict(site) for site in self.sites],
             "reasons": [reason.to_json(i) for i, reason in enumerate(self.reasons)],
             "parity": self.parity.to_json() if self.parity else None,
+            "not_compared": self.not_compared,
+            "written": self.written,
+            "watched": self.watched,
+            "notes": self.notes,
             "what_if": self.what_if,
         }

@@ -316,7 +316,9 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
         for number, role in watch.roles.get(node, {}).items()
         if role == CONTEXT
     }
-    return Outcome(optimizer, sites, fused, lambda number: _best(watch, number, left))
+    outcome = Outcome(optimizer, sites, fused, lambda number: _best(watch, number, left))
+    outcome.later = graph.later_operators(model)
+    return outcome
 
 
 def _raised(watch: RuleWatch, error: Exception) -> Reason:

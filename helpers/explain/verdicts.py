@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import onnx_ir as ir
 
 from helpers import files, graph
-from helpers.explain import calls, onnxruntime_parts, slicing
+from helpers.explain import calls, causes, onnxruntime_parts, slicing
 from helpers.explain.reasons import Check, Reason, Verdict
 from helpers.explain.words import Writer
 
@@ -20,7 +20,10 @@ class Outcome:
     """What a fusion made of a model: numbers of `sites` that are `fused`, and why others are not.
 
     `model` is the one that it was given; None where that has been changed. `stopped` is whether its
-    code raised, so that there is no result to compare.
+    code raised, so that there is no result to compare. `watched` has the fusions for attention that
+    were applied, with the operators that they start from. `later` are operators that it makes and
+    that the model's opset does not have yet. `given` are the number of heads and the hidden size
+    that it was told.
     """
 
     optimizer: str
@@ -29,6 +32,9 @@ class Outcome:
     reason_of: Callable[[int], Reason]
     model: ir.Model | None = None
     stopped: bool = False
+    watched: dict[str, list[str]] = field(default_factory=dict)
+    later: list[str] = field(default_factory=list)
+    given: tuple[int, int] = (0, 0)
 
 
 def stopped(
@@ -48,7 +54,8 @@ def judged(outcome: Outcome) -> tuple[list[Verdict], list[Reason]]:
         verdicts.append(verdict)
         if verdict.fused:
             continue
-        own = outcome.reason_of(number)
+        asked = causes.Asked(site, outcome.model, *outcome.given)
+        own = causes.refined(outcome.reason_of(number), asked)
         reason = reasons.setdefault(shared_by_layers(own), own)
         reason.sites.append(number)
         verdict.reason = list(reasons.values()).index(reason)

@@ -52,10 +52,12 @@ def find(
     description: str,
     model: ir.Model | None = None,
     sites: list[graph.Site] | None = None,
+    read: files.Opened | None = None,
 ) -> tuple[parity.Candidate, set[int | str]]:
     """Compare the model `fused` with the `original`, and say which of its sites are wrong.
 
-    `model` is the `original`, if it has been read, with its `sites`.
+    `model` is the graph that was fused, if it has been read, with its `sites`: the `original`, or
+    what was `read` in its place, as where it had to be brought to another opset first.
 
     Returns the comparison of all, and numbers in ``graph.sites`` of the `original`, or the
     name of a tensor where an operator stands for what was no site there. None where parity holds;
@@ -68,15 +70,16 @@ def find(
     if whole.held:
         return whole, set()
     proto = onnx.load(fused)
+    read = read or original
     if model is None:
-        model, sites = original.model.clone(), None  # whose shapes may be inferred
+        model, sites = read.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
     all_pieces = pieces(model, proto, sites)
     every = {site for piece in all_pieces for site in piece.sites}
     missing_nodes = _gone(model, proto)
     if missing_nodes or not all_pieces:
         return whole, _about(sites, all_pieces, missing_nodes) or every
-    wrong = _wrong_pieces(original.path, proto, all_pieces, cases, description)
+    wrong = _wrong_pieces(read.path, proto, all_pieces, cases, description)
     return whole, {site for piece in wrong for site in piece.sites} or every
 
 

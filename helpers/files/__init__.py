@@ -2,7 +2,7 @@
 
 from helpers.errors import BadInput
 from helpers.files.checking import check, checked
-from helpers.files.opening import Opened, data, size
+from helpers.files.opening import Opened, data, keep_apart, size
 from helpers.files.refusals import raised, refused, told
 from helpers.files.saving import ONE_FILE, replacing, save, scratch, write, writing
 from helpers.files.sessions import give_back, session
@@ -15,6 +15,7 @@ __all__ = [
     "checked",
     "data",
     "give_back",
+    "keep_apart",
     "raised",
     "refused",
     "replacing",

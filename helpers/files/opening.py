@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from helpers import graph
+from helpers.errors import BadInput
 from helpers.files.sessions import give_back, session
 from helpers.graph import external
 
@@ -108,3 +109,18 @@ def data(path: str | Path) -> set[Path]:
     """The files that hold the external data of the model at `path`; links are followed."""
     model, folder = external.read(path)
     return {folder / external.location(tensor) for tensor in external.tensors(model)}
+
+
+def keep_apart(opened: Opened, out: str | Path) -> None:
+    """Raise `BadInput` where to write `out` would replace the model that is `opened`, or its data.
+
+    A link is replaced, which leaves alone what it leads to, unless the input leads there too.
+    """
+    path, out = opened.path, Path(out).absolute()
+    for file, what in ((path, "the input"), *((of_data, "its data") for of_data in opened.data)):
+        if not out.exists() or not out.samefile(file):
+            continue
+        if not out.is_symlink() or path.is_symlink():
+            raise BadInput(
+                f"{out}: expected another file than the input, found {what}; choose another name"
+            )

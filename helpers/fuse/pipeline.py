@@ -112,7 +112,7 @@ def fuse(
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     opened, out = files.Opened.of(model), Path(out).absolute()
-    _keep_apart(opened.path, opened.data, out)
+    files.keep_apart(opened, out)
     report = _Report()
     fused = _stepped(opened.path, target, report)
     answer = _unproven(fused, target, report, out)
@@ -157,18 +157,6 @@ def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused
         parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
         "none",
     )
-
-
-def _keep_apart(path: Path, data: set[Path], out: Path) -> None:
-    """Raise `BadInput` where to write `out` would replace the model at `path`, or its `data`."""
-    for file, what in ((path, "the input"), *((of_data, "its data") for of_data in data)):
-        if not out.exists() or not out.samefile(file):
-            continue
-        # A link is replaced, which leaves alone what it leads to, unless the input leads there too.
-        if not out.is_symlink() or path.is_symlink():
-            raise files.BadInput(
-                f"{out}: expected another file than the input, found {what}; choose another name"
-            )
 
 
 def _does_not_load(written: files.Opened) -> str | None:

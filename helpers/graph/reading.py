@@ -138,6 +138,19 @@ def operator(node: ir.Node) -> str:
     return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
 
 
+def later_operators(model: ir.Model) -> list[str]:
+    """The operators of ONNX's own that the opset which `model` imports does not have yet."""
+    opset = model.opset_imports.get("", 0)
+
+    def is_later(operator: str) -> bool:
+        if not opset or not onnx.defs.has(operator):
+            return False  # ONNX Runtime writes some of its own into ONNX's domain
+        return not onnx.defs.has(operator, max_inclusive_version=opset)
+
+    own = dict.fromkeys(node.op_type for node in nodes(model) if node.domain in STANDARD)
+    return [operator for operator in own if is_later(operator)]
+
+
 def counts(model: ir.Model, *, domains: bool = True) -> dict[str, int]:
     """How often each operator occurs, most frequent first; with the `domains` of those that are
     not ONNX's own, or without, as ONNX Runtime's profile has them."""

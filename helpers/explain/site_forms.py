@@ -1,0 +1,192 @@
+"""What form of attention a site is, as far as fusions do not know it, and what can express that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from helpers import graph
+from helpers.graph import walks
+from helpers.graph.attention_sites import PRODUCTS
+from helpers.graph.values import constant, dim, number, stated_rank
+
+FAR = 12  # nodes between a product and its projections, at the most
+
+
+def packed(site: graph.Site) -> ir.Node | None:
+    """The product that makes queries, keys and values together; None where there are several."""
+    if site.scores is None:
+        return None
+    made = [_projection(value, site) for value in _operands(site)]
+    return made[0] if made[0] is not None and made.count(made[0]) == 3 else None
+
+
+def below_packed(site: graph.Site, packed: ir.Node) -> set[str]:
+    """The names of the nodes between the product that makes all three and the site's products."""
+    ends = {*walks.upstream(site.scores, site.context)}
+    return {graph.name(node) for node in walks.downstream(packed) if node in ends} - {
+        graph.name(node) for node in walks.between(site.scores, site.context)
+    }
+
+
+def told(site: graph.Site) -> list[str]:
+    """Each form of `site` that few fusions know, and which operator can express it."""
+    return [] if site.scores is None else [*dict.fromkeys(_forms(site))]
+
+
+def _operands(site: graph.Site) -> list[ir.Value]:
+    """Queries and keys, and the values."""
+    inside = walks.between(site.scores, site.context)
+    values = [value for value in site.context.inputs if value.producer() not in inside]
+    return [*site.scores.inputs[:2], *values[:1]]
+
+
+def _way(value: ir.Value, site: graph.Site) -> Iterator[ir.Node]:
+    """The nodes above an operand of a product, up to its projection, that included."""
+    start = value.producer()
+
+    def above(node: ir.Node) -> list[ir.Node]:
+        return [] if node.op_type in PRODUCTS else walks.producers(node)
+
+    own = {site.scores, site.context, site.node}
+    return walks.walk([start] if start is not None else [], above, stop=own, far=FAR)
+
+
+def _projection(value: ir.Value, site: graph.Site) -> ir.Node | None:
+    return next((node for node in _way(value, site) if node.op_type in PRODUCTS), None)
+
+
+# ── Forms ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _forms(site: graph.Site) -> Iterator[str]:
+    query, key, value = (list(_way(operand, site)) for operand in _operands(site))
+    between = walks.between(site.scores, site.node) - {site.scores, site.node}
+    kinds = {node.op_type for node in (*query, *key)}
+    if "Einsum" in (site.scores.op_type, site.context.op_type):
+        yield "its products are Einsum: as MatMul, a path can name them"
+    if {"ReduceL2", "LpNormalization"} & kinds:
+        yield (
+            "queries and keys are divided by their norm (cosine attention): Attention of opset 23"
+            " with a scale of 1 takes them as they are"
+        )
+    yield from _of_scores(between, site)
+    if any(_is_cache(node) for node in key):
+        yield (
+            "keys of earlier steps are joined to its own (a cache): Attention of opset 23 and"
+            " GroupQueryAttention have inputs for them"
+        )
+    if _partitions(site, [*query, *value]):
+        yield (
+            "the sequence is cut into windows around it: inside them the attention is an ordinary"
+            " one, so start the path at the product with the values, and not at the residual"
+        )
+
+
+def _of_scores(between: set[ir.Node], site: graph.Site) -> Iterator[str]:
+    """What is done to the scores before the Softmax."""
+    for node in between:
+        others = [
+            value
+            for value in node.inputs
+            if value is not None and value.producer() not in between | {site.scores}
+        ]
+        if node.op_type == "Tanh":
+            yield (
+                "the scores go through a tanh (softcap): Attention of opset 23 and"
+                " GroupQueryAttention have it"
+            )
+        if node.op_type == "Add" and any(_is_learned(value) for value in others):
+            yield (
+                "a learned bias is added to the scores (relative positions): Attention of opset 23"
+                " takes it as its mask, MultiHeadAttention as its attention_bias"
+            )
+        if node.op_type in ("Mul", "Div") and any(
+            number(value) is None and _is_learned(value) for value in others
+        ):
+            yield (
+                "the scores have a learned scale: Attention of opset 23 with a scale of 1, the"
+                " scale multiplied into the queries"
+            )
+
+
+def _is_learned(value: ir.Value, far: int = 8) -> bool:
+    """Whether weights, of more than one number, are in what makes `value`."""
+
+    def is_weight(operand: ir.Value | None) -> bool:
+        tensor = ir.convenience.get_const_tensor(operand) if operand is not None else None
+        return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
+
+    start = value.producer()
+    above = walks.upstream(start, far=far) if start is not None else ()
+    return is_weight(value) or any(map(is_weight, (v for node in above for v in node.inputs)))
+
+
+def _is_cache(node: ir.Node) -> bool:
+    """Concat(past, own) of an input of the graph."""
+    return node.op_type == "Concat" and any(
+        value is not None and value.is_graph_input() for value in node.inputs
+    )
+
+
+def _partitions(site: graph.Site, way: list[ir.Node]) -> bool:
+    """Whether windows are cut out, before the projections or after the result.
+
+    Transpose to (B, H/w, W/w, w, w, C) from (B, H/w, w, W/w, w, C), or back: of a picture
+    (B, H, W, C) windows of w × w.
+    """
+
+    def is_partition(node: ir.Node) -> bool:
+        return node.op_type == "Transpose" and len(node.attributes.get_ints("perm") or ()) == 6
+
+    projections = [node for node in way if node.op_type in PRODUCTS]
+    near = [*walks.upstream(*projections, far=FAR), *walks.downstream(site.context, far=FAR)]
+    return any(map(is_partition, near))
+
+
+# ── Heads ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def heads(site: graph.Site) -> tuple[int, int] | None:
+    """How many heads the queries of an unfused `site` have, and the width of each; None where that
+    is not known.
+
+    From the Reshape that splits them off, to (…, N, D), before Transpose, Split or a scale; or from
+    the shape (B, N, S, D) of the queries.
+    """
+    if site.scores is None:
+        return None
+    for node in _way(site.scores.inputs[0], site):
+        sizes = _sizes(node.inputs[1]) if node.op_type == "Reshape" else []
+        if len(sizes) < 4 or (sizes[-1] or 0) <= 0:
+            continue
+        number, width = sizes[-2:]
+        whole = _width(node.inputs[0]) if number == -1 else None
+        number = whole // width if whole and whole % width == 0 else number
+        return (number, width) if number and number > 0 else None
+    query = site.scores.inputs[0]
+    split = (dim(query, -3), dim(query, -1)) if stated_rank(query) == 4 else (None, None)
+    return split if all(isinstance(size, int) for size in split) else None
+
+
+def _width(value: ir.Value) -> int | None:
+    """The size of the last axis, which a product's weight tells where no shape is stated."""
+    size, node = dim(value, -1), value.producer()
+    if isinstance(size, int) or node is None:
+        return size if isinstance(size, int) else None
+    if node.op_type in ("Add", "MatMul", "Gemm"):
+        weights = [dim(operand, -1) for operand in node.inputs if operand.is_initializer()]
+        return next((width for width in weights if isinstance(width, int)), None)
+    return None
+
+
+def _sizes(shape: ir.Value) -> list[int | None]:
+    """The sizes that a shape is put together of: a constant, or Concat of such and others."""
+    given = constant(shape)
+    if given is not None:
+        return [int(size) for size in given.ravel()]
+    node = shape.producer()
+    if node is None or node.op_type != "Concat":
+        return [None]
+    return [size for part in node.inputs for size in _sizes(part)]
