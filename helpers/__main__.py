@@ -87,7 +87,6 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
         choice = {"rules": arguments.rules, "inputs": arguments.inputs}
     else:
-        _tell_heads(arguments, explain.heads(model))
         names = ("model_type", "fusion", "num_heads", "hidden_size", "inputs")
         choice = {name: getattr(arguments, name) for name in names}
         choice["opt_level"] = arguments.opt_level
@@ -101,17 +100,6 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         _save_cut(arguments, explanation)
     status = FAILED if explanation.failed else DONE
     return status, explanation.to_json(), f"{arguments.model}\n{explanation}"
-
-
-def _tell_heads(arguments: argparse.Namespace, heads: tuple[int, int] | None) -> None:
-    """Say that --num-heads is missing, and what the graph has."""
-    if arguments.num_heads:
-        return
-    line = f"{arguments.model}: no --num-heads, without which some fusions do nothing"
-    if heads:
-        number, width = heads
-        line += f"; the graph has --num-heads {number} --hidden-size {number * width}"
-    print(line, file=sys.stderr)
 
 
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:

@@ -247,6 +247,9 @@ STYLES = {
     "paths": "_, found, _ = self.model.match_parent_paths(node, [(['Div'], [0])], parents)\n"
     "if found is None:\n    return",
     "word at the end": f"found = {MATCH}\nif found:\n    self.done()\nelse:\n    print('no')",
+    "tried before": f"found = {MATCH}\nif found is not None:\n    self.done()\nelse:\n"
+    "    other = self.model.match_parent_path(node, ['Sub', 'Sub', 'MatMul'], [0, 0, 0])\n"
+    "    if other is None:\n        return",
     "try": f"try:\n    a, b = {MATCH}\nexcept TypeError:\n    return",
 }
 
@@ -360,7 +363,7 @@ def test_nested_graphs(tmp_path, change, model_type):
     assert all(site.reason is not None for site in found.sites)
     valid(found)
     if change is in_function:
-        assert "does not look into the functions" in str(found)
+        assert "does not look into the functions" in found.reasons[0].message
 
 
 def test_a_quantised_graph(tmp_path):

@@ -1,6 +1,6 @@
 """Why a fusion did not match: the optimizer's own, a reader's, or a rewrite rule."""
 
-from helpers.explain.entry import LEVELS, explain, heads, what_if
+from helpers.explain.entry import LEVELS, explain, what_if
 from helpers.explain.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "Reason",
     "Verdict",
     "explain",
-    "heads",
     "what_if",
 ]

@@ -24,7 +24,7 @@ class Asked(NamedTuple):
     many `heads` and a `hidden_size` (0: it was not)."""
 
     site: graph.Site
-    model: ir.Model | None
+    model: ir.Model
     heads: int
     hidden_size: int
 
@@ -43,7 +43,7 @@ def refined(reason: Reason, asked: Asked) -> Reason:
 
 def _in_a_branch(reason: Reason, asked: Asked) -> Told:
     inside = asked.site.node.graph
-    if asked.model is None or inside is asked.model.graph or reason.kind != "raised":
+    if inside is asked.model.graph or reason.kind != "raised":
         return None
     branch = next(
         node
@@ -114,7 +114,7 @@ def _inserted(reason: Reason, asked: Asked) -> Told:
     """What is in the way is a Cast of ONNX Runtime's own."""
     there = reason.attempt.found if reason.attempt else []
     casts = [node for node in there if node.operator == "Cast"]
-    if asked.model is None or not casts:
+    if not casts:
         return None
     cast = casts[0]
     own = {

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from helpers import feeds, files, fuse, graph
 from helpers.errors import BadInput
-from helpers.explain import optimizer, site_forms, wrong_sites
+from helpers.explain import optimizer, wrong_sites
 from helpers.explain.reasons import Explanation
 from helpers.explain.verdicts import Outcome, judged
 from helpers.graph import repairs
@@ -70,9 +70,8 @@ def explain(
             draft.unlink(missing_ok=True)  # so that nothing is written
         elif write:
             answer.written = str(write)
-    if model is not None:
-        for reason in answer.reasons:
-            optimizer.locate(reason, model)
+    for reason in answer.reasons:
+        optimizer.locate(reason, model)
     return answer
 
 
@@ -95,7 +94,7 @@ def _compare(
     draft: Path,
     cases: Cases,
     read: files.Opened,
-    model: ir.Model | None,
+    model: ir.Model,
     sites: list[graph.Site],
 ) -> None:
     """Add to `answer` how what the fusion made compares with the file, or why that is not told."""
@@ -186,14 +185,6 @@ def _applied(
     return rules.applied(opened, given["rules"], draft, **choice)
 
 
-def heads(path: str | Path | files.Opened) -> tuple[int, int] | None:
-    """How many heads the first attention of the model at `path` has that is not fused, and the
-    width of each; None where the graph does not tell."""
-    model = files.Opened.of(path).model.clone()  # whose shapes may be inferred
-    told = (site_forms.heads(site) for site in graph.sites(model) if not site.fused)
-    return next(filter(None, told), None)
-
-
 def what_if(
     paths: Mapping[str, str | Path | files.Opened] | str | Path | files.Opened,
     model_type: str | None = None,
@@ -213,7 +204,8 @@ def what_if(
         opened = files.Opened.of(path)
         for level in opt_levels:
             logger.info(f"{label} at opt_level {level} …")
-            answer = explain(opened, model_type, opt_level=level, parity=True, **choice)
+            told = {"tell_heads": False} | choice
+            answer = explain(opened, model_type, opt_level=level, parity=True, **told)
             fused = sum(site.fused for site in answer.sites)
             rows.append(
                 {

@@ -19,11 +19,13 @@ ANYWHERE = Goal()
 class Nearest(NamedTuple):
     """A path in the graph, each node with the input of the node before that it computes, and how
     much it differs from the one that was asked for. `aside` is whether it leaves the nodes that
-    were matched: any input would do, and another was taken."""
+    were matched: any input would do, and another was taken; `along`, whether it goes on by the
+    input at which the path broke."""
 
     cost: float
     steps: tuple[tuple[onnx.NodeProto, int], ...]
     aside: bool = False
+    along: bool = True
 
 
 def nearest(
@@ -47,6 +49,7 @@ def nearest(
         through = _nearest(attempt, producers, end, matched, along=True)
         if through is None:
             through = _nearest(attempt, producers, end, matched, along=False)
+            through = through and through._replace(cost=through.cost + 1.1, along=False)
         if None in attempt.inputs[:matched]:
             other = _nearest(attempt, producers, end, 0, along=False)
             if other and (through is None or other.cost + 0.5 < through.cost):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from onnx.external_data_helper import (
 )
 
 from helpers import files, graph, packages
-from helpers.explain import chosen, places
+from helpers.explain import chosen, places, site_forms
 from helpers.explain import onnxruntime_parts as parts
 from helpers.explain.conclusions import conclude
 from helpers.explain.optimizer_watch import FusionWatch
@@ -28,6 +29,8 @@ from helpers.explain.verdicts import Outcome, innermost, raised, stopped
 from helpers.explain.words import ProtoWriter
 from helpers.graph import external
 from helpers.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 
 def applied(
@@ -41,13 +44,15 @@ def applied(
     opt_level: int | None = None,
     options: Any = None,
     save: str | Path | None = None,
+    tell_heads: bool = True,
 ) -> Outcome:
     """Run ``onnxruntime.transformers.optimizer`` on the file that is `opened`.
 
     `model_type` is a key of its MODEL_TYPES, or of one that was registered there; or `fusion` is a
     subclass of its `Fusion` (applied where BERT's attention fusion would be) or `OnnxModel`, as a
     class or "FILE.py:CLASS". `num_heads`, `hidden_size`, `opt_level` and `options` (FusionOptions)
-    are passed on (0, and None: the optimizer's own choice). What it makes is written to `save`, and
+    are passed on (0, and None: the optimizer's own choice); with `tell_heads`, that no heads were
+    given, or others than the graph has, is logged. What it makes is written to `save`, and
     to `draft`. What the optimizer's code raises becomes a reason. Weights above 1.5 GB in all are
     not read, unless what it makes is asked for.
 
@@ -64,6 +69,8 @@ def applied(
     with chosen.registered(model_type, fusion) as (key, class_, also):
         sites = graph.sites(model)
         watch = FusionWatch(class_, contents.nodes, contents.tensors, sites, conclude, also)
+        if tell_heads:
+            _tell_heads(sites, num_heads, hidden_size)
         choice = (num_heads, hidden_size, options, opt_level)
         optimised = _optimised(opened, key, watch, save, draft, *choice)
         after = optimised if isinstance(optimised, Reason) else _read(optimised)
@@ -75,6 +82,18 @@ def applied(
         outcome.watched, outcome.later = watch.anchors, graph.later_operators(after)
         outcome.given = num_heads, hidden_size
         return outcome
+
+
+def _tell_heads(sites: list[graph.Site], num_heads: int, hidden_size: int) -> None:
+    """Log that no heads were given, or others than the graph has."""
+    heads = next(filter(None, map(site_forms.heads, sites)), None)
+    number, width = heads or (0, 0)
+    options = f"--num-heads {number} --hidden-size {number * width}"
+    if not num_heads:
+        has = f"; the graph has {options}" if heads else ""
+        logger.info(f"no --num-heads was given, without which some fusions do nothing{has}")
+    elif heads and (num_heads, hidden_size or number * width) != (number, number * width):
+        logger.info(f"--num-heads {num_heads} --hidden-size {hidden_size}: the graph has {options}")
 
 
 def _optimised(

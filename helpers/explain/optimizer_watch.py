@@ -91,10 +91,8 @@ class FusionWatch:
         watched = parts.classes([optimizer, *also])
         self._patched = parts.wrapped(watched, self._traced, self._inferring)
         methods = parts.attention_methods(optimizer)
-        self._methods = {
-            m.code: m for m in methods if m.matches and method_watch.can_follow(m.code)
-        }
-        self.unwatched = [m for m in methods if m.code not in self._methods]
+        self._methods = {method.code: method for method in filter(method_watch.can_follow, methods)}
+        self.unwatched = [method for method in methods if method.code not in self._methods]
         for method in self._methods.values():
             self._patched.append((method.owner, method.name, self._traced_method))
         self._files: set[str] = set()  # of the code whose calls are recorded within `fuse`

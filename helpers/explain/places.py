@@ -107,6 +107,7 @@ class _Places:
                 fusion=self.fusions,
                 cause="missing_anchor",
                 message=message,
+                actual=None,  # of which the earlier fusion tells
                 earlier=call.reason,
                 sites=[],
             )
@@ -114,6 +115,11 @@ class _Places:
             message = "this optimizer has no fusion that makes an attention, or it is turned off"
         else:
             message = f"{starts} site"
+        for method in self.watch.unwatched:
+            message += (
+                f"; {method.owner.__name__}.{method.name} makes attentions without asking for"
+            )
+            message += " paths, and could not be followed"
         if in_functions:
             message += " (the optimizer does not look into the functions of a model)"
         after = ", ".join(f"{node.op_type} {graph.name(node)}" for node in self._after(site))

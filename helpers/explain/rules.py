@@ -294,6 +294,8 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
     optimizer = "optimize_for_ort" if rule_set is None else "rewrite"
     model = graph.load(opened.path)  # rules change it, and read its weights
     sites = graph.sites(model)
+    before = opened.model.clone()  # which stays as it is
+    sites_before = graph.sites(before)
     created: set[ir.Node | ir.Value] = set()
     reasons = _Reasons(IrWriter(opened.contents.nodes, opened.contents.tensors, created))
     watched = _is_attention if rule_set is None else rule_set.rules.__contains__
@@ -305,7 +307,7 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
             else:
                 rewriter.rewrite(model, rule_set)
         except Exception as error:  # any: the code is not ours, and that it raised is the answer
-            return stopped(optimizer, sites, _raised(watch, error))
+            return stopped(optimizer, sites_before, _raised(watch, error), before)
         if draft:
             ir.save(model, draft, external_data=f"{draft.name}.data")
     left = set(graph.nodes(model))
@@ -316,9 +318,14 @@ def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
         for number, role in watch.roles.get(node, {}).items()
         if role == CONTEXT
     }
-    outcome = Outcome(optimizer, sites, fused, lambda number: _best(watch, number, left))
-    outcome.later = graph.later_operators(model)
-    return outcome
+    return Outcome(
+        optimizer,
+        sites_before,
+        fused,
+        lambda number: _best(watch, number, left),
+        before,
+        later=graph.later_operators(model),
+    )
 
 
 def _raised(watch: RuleWatch, error: Exception) -> Reason:

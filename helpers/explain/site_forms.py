@@ -38,7 +38,8 @@ def told(site: graph.Site) -> list[str]:
 def _operands(site: graph.Site) -> list[ir.Value]:
     """Queries and keys, and the values."""
     inside = walks.between(site.scores, site.context)
-    values = [value for value in site.context.inputs if value.producer() not in inside]
+    given = [value for value in site.context.inputs if value is not None]
+    values = [value for value in given if value.producer() not in inside]
     return [*site.scores.inputs[:2], *values[:1]]
 
 

@@ -91,8 +91,21 @@ class _Reader(Conditions):
         self._slice([*returned, *leaves], answer, end and self.only_calls(statement))
         if not answer.broken and not answer.operands:
             self._last_group(answer)
+        if answer.broken:
+            self._add_tried_before(answer)
         self._sort(answer)
         return answer
+
+    def _add_tried_before(self, answer: GaveUp) -> None:
+        """Add the paths that were tried before those that it gave up at: where these were matched
+        in the `else` of an `if` that asked for others."""
+        statement = self.function.at(self.step.line)
+        tests = [condition.test for condition, true in self.function.around(statement) if not true]
+        known = {id(attempt) for attempt in answer.broken}
+        for name in _new_variables(tests, set()):
+            tried = [attempt for attempt in self._broken(name) if id(attempt) not in known]
+            answer.broken += tried
+            answer.none += [name] if tried and self.get(name) is None else []
 
     def _slice(self, leaves: list[ast.expr], answer: GaveUp, only_called: bool) -> None:
         """Go back from the conditions `leaves` through what their variables were made from, until

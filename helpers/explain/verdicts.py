@@ -19,27 +19,24 @@ from helpers.explain.words import Writer
 class Outcome:
     """What a fusion made of a model: numbers of `sites` that are `fused`, and why others are not.
 
-    `model` is the one that it was given; None where that has been changed. `stopped` is whether its
-    code raised, so that there is no result to compare. `watched` has the fusions for attention that
-    were applied, with the operators that they start from. `later` are operators that it makes and
-    that the model's opset does not have yet. `given` are the number of heads and the hidden size
-    that it was told.
+    `model` is the one that it was given. `stopped` is whether its code raised, so that there is no
+    result to compare. `watched` has the fusions for attention that were applied, with the operators
+    that they start from. `later` are operators that it makes and that the model's opset does not
+    have yet. `given` are the number of heads and the hidden size that it was told.
     """
 
     optimizer: str
     sites: list[graph.Site]
     fused: Collection[int]
     reason_of: Callable[[int], Reason]
-    model: ir.Model | None = None
+    model: ir.Model
     stopped: bool = False
     watched: dict[str, list[str]] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
     given: tuple[int, int] = (0, 0)
 
 
-def stopped(
-    optimizer: str, sites: list[graph.Site], reason: Reason, model: ir.Model | None = None
-) -> Outcome:
+def stopped(optimizer: str, sites: list[graph.Site], reason: Reason, model: ir.Model) -> Outcome:
     """The outcome of a fusion whose code raised, for `reason`: no site is fused that was not."""
     fused = [number for number, site in enumerate(sites) if site.fused]
     return Outcome(optimizer, sites, fused, lambda _: reason, model, stopped=True)
