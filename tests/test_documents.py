@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from helpers import files
+from helpers.explain.reasons import CAUSES
 from helpers.figures import notebooks
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,11 @@ def test_readme_has_the_explanation_of_the_notebook():
     ]
     shown = re.findall(r"```text\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert [one.strip() for one in shown] == [cell.outputs[-1].text.strip()]
+
+
+def test_readme_has_each_cause():
+    rows = [f"| `{name}` | {told} |" for name, told in CAUSES.items()]
+    assert "\n".join(["| --- | --- |", *rows, ""]) in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_sentence_pairs_are_as_their_note_says():
