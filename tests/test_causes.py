@@ -7,6 +7,7 @@ from graphs import ATTENTION, write
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from test_explain import in_branch, options, valid
+from test_fuse import MASKED
 
 from helpers.explain import explain
 from helpers.explain import onnxruntime_parts as parts
@@ -155,6 +156,17 @@ def test_the_form_is_named(tmp_path, form):
     assert told.cause == "unsupported_form"
     assert form in told.message
     assert sum(other in told.message for other in FORMS) == 1
+
+
+def test_what_stands_in_the_way_of_an_operator(tmp_path):
+    """An Attention of the standard that ONNX Runtime refuses: a site that is fused, with a note."""
+    path = tmp_path / "a.onnx"
+    onnx.save(onnx.parser.parse_model(MASKED), path)
+    found = valid(explain(path, "bert", opt_level=0))
+    assert [site.fused for site in found.sites] == [True]
+    (note,) = found.notes
+    assert "on no input with more than one query: Attention y has a mask with one row" in note
+    assert f"note: {note}" in str(found)
 
 
 # ── Methods that make attentions ────────────────────────────────────────────────────────────────

@@ -87,9 +87,7 @@ def test_bad_places_to_write_to(tmp_path, rule):
 def test_reasons_are_told_where_parity_is_not(tmp_path, rule, capsys):
     """No inputs can be inferred, so that nothing is compared: a line after the reasons."""
     text = ATTENTION.replace("8] given)", "8] given, int64[batch,k] which)")
-    text = text.replace(
-        "=> (float[batch,length", "=> (float[batch,k"
-    )
+    text = text.replace("=> (float[batch,length", "=> (float[batch,k")
     text = text.replace("[n_norm] y =", "[n_norm] y0 =").replace(
         "\n}",
         "\n [n_chosen] y1 = Gather <axis = 1> (y0, which)"
