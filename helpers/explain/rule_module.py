@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import textwrap
 
-import onnx_ir as ir
-from onnx_ir.passes import common as passes
-
 from helpers import files, graph
+from helpers.explain import twins
 from helpers.explain.rule_text import RuleText
-from helpers.explain.skeleton import Skeleton, Twin
+from helpers.explain.skeleton import Skeleton
 from helpers.explain.statements import WIDTH
-from helpers.fuse import attention, building, pipeline
+from helpers.fuse import pipeline
 from helpers.quiet import quiet
 
+_LEGEND = (
+    f"opset {pipeline.OPSET}, the first that has Attention. Shapes: B batch, N heads, S queries, T"
+    " keys, D width of a head; 1, one for all; ?, not known; …, any number or product."
+)
 logger = logging.getLogger(__name__)
 
 
@@ -39,67 +42,37 @@ def written(opened: files.Opened) -> tuple[str, list[str]]:
     with quiet():
         pipeline.convert(model)
     if before < pipeline.OPSET:
-        logger.info(f"from opset {before} to {pipeline.OPSET}, the first that has Attention")
-    copy = model.clone()
-    with quiet():
-        passes.ShapeInferencePass()(copy)
-    own = _own(model, copy)
-    sites, left = graph.sites(model), []
+        logger.info(f"the rules are for the graph at opset {pipeline.OPSET}, from {before}")
     forms: dict[str, _Form] = {}
-    for site, its_copy in zip(sites, graph.sites(copy), strict=True):
-        if site.fused:
-            continue
-        rule = _rule(copy, site, its_copy, own)
+    left = []
+    for twin in twins.read(model):
+        rule = _rule(twin)
+        forms.setdefault(rule.form(), _Form(rule, [])).sites.append(twin.site)
         if rule.left:
-            left.append(f"{site.name}: {rule.left}")
-        forms.setdefault(rule.body(), _Form(rule, [])).sites.append(site)
+            left.append(f"{twin.site.name}: {rule.left}")
     for line in left:
         logger.info(f"left to write: {line}")
-    return _module(opened.path.name, [*forms.values()], sites), left
-
-
-def _own(model: ir.Model, copy: ir.Model) -> dict[ir.Value, ir.Value]:
-    """The values of `model` by those of its `copy`."""
-    own: dict[ir.Value, ir.Value] = {}
-    for ours, theirs in zip(model.graphs(), copy.graphs(), strict=True):
-        own |= zip(theirs.inputs, ours.inputs, strict=True)
-        own |= zip(theirs.initializers.values(), ours.initializers.values(), strict=True)
-    for ours, theirs in zip(graph.nodes(model), graph.nodes(copy), strict=True):
-        own |= zip(theirs.outputs, ours.outputs, strict=True)
-    return own
-
-
-def _rule(
-    copy: ir.Model, site: graph.Site, its_copy: graph.Site, own: dict[ir.Value, ir.Value]
-) -> RuleText:
-    try:
-        reading = attention.read(copy, its_copy)
-    except attention.Left as why:
-        return RuleText(Skeleton(Twin(site, own)), str(why))
-    reading.as_rule, reading.read_elsewhere = True, False
-    outputs, result = building.made(reading)
-    last = reading.site.context.outputs[0]
-    while last.name != site.context.outputs[0].name:  # an Einsum, read as MatMul and Transpose
-        node = last.consumers()[0]
-        last, result = node.outputs[0], reading.tape.repeated(node, result)
-    twin = Twin(site, own, reading, (outputs, result))
-    skeleton = Skeleton(twin)
-    outside = twin.taken() - {*skeleton.names}
-    if outside:
-        names = ", ".join(sorted(value.name or "" for value in outside))
-        return RuleText(
-            Skeleton(Twin(site, own)), f"{names} is needed, and no input of the pattern"
+    if not forms:
+        state = "its attention is one operator already" if graph.sites(model) else "it has none"
+        return (
+            f'"""No rule for the attention of {_printable(opened.path.name)}: {state}."""\n',
+            left,
         )
+    return _module(_printable(opened.path.name), [*forms.values()]), left
+
+
+def _rule(twin: twins.Twin) -> RuleText:
+    skeleton = Skeleton(twin)
+    if twin.left is None and (missing := skeleton.missing()):
+        why = f"{', '.join(missing)} is needed, and no input of the pattern"
+        skeleton = Skeleton(twin.unread(why))
     return RuleText(skeleton)
 
 
-def _module(file: str, forms: list[_Form], sites: list[graph.Site]) -> str:
+def _module(file: str, forms: list[_Form]) -> str:
     """The whole text."""
-    if not forms:
-        state = "is one operator already" if sites else "is in it"
-        many = f"each of its {len(sites)} attention sites" if sites else "no attention site"
-        return f'"""No rule for {file}: {many} {state}."""\n'
-    forms.sort(key=lambda form: -len(form.rule.skeleton.nodes))  # the first that matches is applied
+    # The first that matches is applied: the longest patterns, and the most tests, come first.
+    forms.sort(key=lambda form: (-len(form.rule.skeleton.nodes), -len(form.rule.tests())))
     _name(forms)
     classes = [_class(form) for form in forms]
     body = "\n\n\n".join(classes)
@@ -109,12 +82,12 @@ def _module(file: str, forms: list[_Form], sites: list[graph.Site]) -> str:
         if len(listed) > WIDTH:
             listed = "\n".join(["RULES = [", *(f"    {form.name}," for form in forms), "]"])
         body += f"\n\n\n{listed}"
-    read = [name for name in ("number", "rank") if f"{name}(" in body or f"map({name}," in body]
-    summary = f'"""Rules that fuse the attention of {file}, made from its graph."""'
-    if len(summary) > WIDTH:
-        summary = f'"""Rules that fuse the attention of a graph, made from it.\n\n{file}\n"""'
+    read = [name for name in ("dim", "number", "rank") if re.search(rf"\b{name}[(,]", body)]
     head = [
-        summary,
+        '"""Rules that fuse the attention of a model, made from its graph.',
+        "",
+        *textwrap.wrap(f"The model is {file}, at {_LEGEND}", WIDTH, break_on_hyphens=False),
+        '"""',
         "",
         *(["import onnx_ir as ir"] if "ir." in body else []),
         "from onnxscript.rewriter import pattern",
@@ -129,6 +102,12 @@ def _module(file: str, forms: list[_Form], sites: list[graph.Site]) -> str:
     return "\n".join([*head, "", body, *tail, ""])
 
 
+def _printable(name: str) -> str:
+    """A name of the file as a docstring or a comment may have it."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in name)
+    return shown.replace("\\", "/").replace('"', "'")
+
+
 def _name(forms: list[_Form]) -> None:
     """Give each form's class a name of its own."""
     taken: list[str] = []
@@ -140,7 +119,7 @@ def _name(forms: list[_Form]) -> None:
 
 def _class(form: _Form) -> str:
     first, count = form.sites[0], len(form.sites)
-    place = f"{first.name} in {first.layer}" if first.layer else first.name
+    place = _printable(f"{first.name} in {first.layer}" if first.layer else first.name)
     more = f", the first of {count} sites of this form" if count > 1 else ""
     made = f"Made from the site {place}{more}."
     docstring = textwrap.wrap(made, WIDTH - 4, break_long_words=False, break_on_hyphens=False)

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain.skeleton import OPERANDS, Skeleton
+from helpers.explain.skeleton import Skeleton
 from helpers.explain.statements import WIDTH, Call, Writer, attribute, lines, literal
+from helpers.explain.twins import OPERANDS
 from helpers.graph import walks
 from helpers.graph.values import NOTHING, number, rank
 
 _INNER = " " * 8
-_ATTENTION = "standard Attention, opset 23"
 
 
 class RuleText:
     """The text of one rule. `left` says what is left to write, if the operator cannot do it."""
 
-    def __init__(self, skeleton: Skeleton, left: str | None = None) -> None:
-        self.skeleton, self.twin, self.left = skeleton, skeleton.twin, left
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton, self.twin, self.left = skeleton, skeleton.twin, skeleton.twin.left
         self.names = skeleton.names
 
     def name(self) -> str:
@@ -33,6 +33,10 @@ class RuleText:
         masked = "Masked" if reading.conditions else "Biased" if reading.bias is not None else ""
         return f"{capped}{masked or ('' if capped else 'Plain')}Attention"
 
+    def form(self) -> str:
+        """The same for all sites that the rule serves."""
+        return "\n".join(self._pattern()) if self.left else self.body()
+
     def body(self) -> str:
         """All of the class but its first line and docstring."""
         methods = [self._init(), self._pattern(), self._check(), self._rewrite()]
@@ -42,11 +46,18 @@ class RuleText:
         """What the site computes, in a line."""
         reading = self.twin.reading
         if reading is None:
-            return f"An attention that is more than {_ATTENTION}, can express."
-        scores = "query · keyᵀ" if not reading.factors else "scale · query · keyᵀ"
+            return "An attention that the standard's operator does not express as it is."
+        scaled = reading.factors or reading.row_scales
+        scores = "scale · query · keyᵀ" if scaled else "query · keyᵀ"
         scores = scores if reading.softcap is None else f"cap · tanh({scores} / cap)"
         scores = scores if reading.bias is None else f"{scores} + bias"
         return f"softmax({scores}) · value as one Attention."
+
+    def tests(self) -> list[tuple[str, str, list[str]]]:
+        """What the pattern cannot say, and `check` tests: what fails, its message, names read."""
+        if self.left:
+            return []
+        return [*self._ranks(), *self._rows(), *self._numbers()]
 
     # ── Methods ─────────────────────────────────────────────────────────────────────────────────
 
@@ -72,15 +83,17 @@ class RuleText:
             for value, name in self.names.items()
             if value in skeleton.axes
         ]
-        writer = Writer(self.names, skeleton.label, remark=self._axes_of)
+        writer = Writer(self.names, skeleton.label, remark=self._remark_on_pattern)
         return [
             *_signature("pattern", ["op", *self.names.values()]),
             *_comment(shapes, ", "),
             *writer.write(skeleton.nodes, self.twin.site.context.outputs[0]),
         ]
 
-    def _axes_of(self, node: ir.Node) -> str:
-        """A remark on the shape of what a node of the pattern computes, where it changes."""
+    def _remark_on_pattern(self, node: ir.Node) -> str:
+        """A remark on a node of the pattern: the shape, where it changes; what is left to write."""
+        if self.left and f"{node.op_type} {graph.name(node)} " in f"{self.left} ":
+            return "left to write"
         axes = self.skeleton.axes.get(node.outputs[0], ())
         changed = node is self.twin.site.scores or node.op_type == "Transpose"
         return _shape(axes) if axes and changed else ""
@@ -90,7 +103,7 @@ class RuleText:
             message = f"left to write: {self.left}"
             failed = Call("return pattern.MatchResult().fail", [literal(message)])
             return [*_signature("check", ["context", "**_"]), *lines(failed)]
-        tests = [*self._ranks(), *self._numbers()]
+        tests = self.tests()
         if not tests:
             return []
         used = {name for _, _, names in tests for name in names}
@@ -102,10 +115,7 @@ class RuleText:
         return [*text, f"{_INNER}return match"]
 
     def _ranks(self) -> Iterator[tuple[str, str, list[str]]]:
-        """Tests that operands have the axes that they were written for: condition, message, names.
-
-        A rank that the file does not state passes.
-        """
+        """Tests that operands have the axes that they were written for; not stated, they pass."""
         by_rank: dict[int, list[str]] = {}
         for i in range(len(OPERANDS)):
             copy, _ = self.twin.operand(i)
@@ -124,9 +134,16 @@ class RuleText:
                     names,
                 )
 
+    def _rows(self) -> Iterator[tuple[str, str, list[str]]]:
+        """A test that the bias has a row for each query, where nothing makes them."""
+        for value in self.twin.operator.inputs[3:4]:
+            if value in self.twin.own:
+                name = self.names[self.twin.own[value]]
+                yield f"dim({name}, -2) == 1", f"{name}: expected a row for each query", [name]
+
     def _numbers(self) -> Iterator[tuple[str, str, list[str]]]:
-        """Tests that constants are what they were read as: condition, message, names."""
-        taken, reading = self.twin.taken(), self.twin.reading
+        """Tests that constants are what they were read as."""
+        taken, reading = self.twin.taken, self.twin.reading
         factors = {self.twin.own.get(value) for _, value in reading.factors}
         scales = [name for value, name in self.names.items() if value in factors]
         if len(scales) == 1:
@@ -135,23 +152,22 @@ class RuleText:
             condition = f"not all(map(number, ({', '.join(scales)})))"
             yield condition, f"{' and '.join(scales)}: expected constants", scales
         lows = {self.twin.own.get(value) for value in reading.numbers.values()}
-        works = {"shape", "axes", "ratio"}  # how a node works, and not a number that is read
         for value, name in self.names.items():
-            given = number(self.twin.inferred(value))
-            if given is None or value in factors:
+            given = number(self.twin.copies[value])
+            if given is None or value in factors or value in self.skeleton.settings:
                 continue
             if value in lows:
                 condition = f"(number({name}) or 0.0) > {NOTHING}"
                 yield condition, f"{name}: expected a constant as low as {NOTHING}", [name]
-            elif value not in taken and name.rstrip("_0123456789") not in works:
+            elif value not in taken:
                 condition = f"number({name}) != {literal(given)}"
                 yield condition, f"{name}: expected the constant {literal(given)}", [name]
 
     def _rewrite(self) -> list[str]:
         if self.left:
             return self._unfinished()
-        twin, new_nodes = self.twin, self.twin.new_nodes()
-        names = {twin.inferred(value): name for value, name in self.names.items()}
+        twin, new_nodes = self.twin, self.twin.new_nodes
+        names = {twin.copies[value]: name for value, name in self.names.items()}
         names |= {
             constant: names[value]
             for constant, value in twin.reading.numbers.items()
@@ -168,9 +184,9 @@ class RuleText:
         keywords |= {node: [_constant(node)] for node in new_nodes if node.op_type == "Constant"}
         new_nodes = [node for node in new_nodes if node.outputs[0] not in names]
         writer = Writer(
-            names, lambda node: roles.get(node, "result"), keywords, inline, self._remark
+            names, lambda node: roles.get(node, "result"), keywords, inline, self._remark_on_rewrite
         )
-        text = writer.write(new_nodes, twin.made[1])
+        text = writer.write(new_nodes, twin.result)
         used = {name for name in self.names.values() if _mentions(text, name)}
         return [*self._method("rewrite", "op", used), *text]
 
@@ -181,7 +197,7 @@ class RuleText:
 
     def _roles(self) -> dict[ir.Node, str]:
         """Names of what new nodes compute: by the operator's input that they are for."""
-        roles, new = {self.twin.operator: "attention"}, {*self.twin.new_nodes()}
+        roles, new = {self.twin.operator: "attention"}, {*self.twin.new_nodes}
         for node in new:
             if _is_of_shapes(node):
                 roles[node] = "shape"
@@ -195,14 +211,17 @@ class RuleText:
                 roles.setdefault(node, role)
         return roles
 
-    def _remark(self, node: ir.Node) -> str:
+    def _remark_on_rewrite(self, node: ir.Node) -> str:
         """What is said behind a new node."""
         operands = self.twin.operator.inputs
+        if node is self.twin.operator and "softmax_precision" in node.attributes:
+            return "softmax_precision 1: float32"
         if node.op_type == "Expand" and operands[3:] and self._is_for(node, operands[3]):
             return "a row for each query, which ONNX Runtime asks for"
         for value, axes in zip(operands, OPERANDS.values(), strict=False):
             if node.outputs[0] is value and node.op_type in ("Transpose", "Unsqueeze", "Reshape"):
-                return _shape(axes)
+                heads = ("1", "…") if self.twin.reading.axes == 3 else axes[:2]
+                return _shape((*heads, *axes[2:]))
         return ""
 
     @staticmethod
@@ -226,13 +245,15 @@ class RuleText:
 
     def _unfinished(self) -> list[str]:
         operands = [name for name in OPERANDS if name in self.names.values()]
+        takes = [f"{name} {_shape(axes)}," for name, axes in OPERANDS.items()]
+        rest = "What must hold for it is for check to test, in place of the refusal."
         return [
             *_signature("rewrite", ["op", *operands, "**_"]),
+            *_comment(f"left to write: {self.left}".split()),
             *_comment(
-                f"left to write: {self.left}. Say here what the operator gets: query (B, N, S, D),"
-                " key (B, N, T, D), value (B, N, T, D), a bias or mask (B, N, S, T), the scale; and"
-                " in check, in place of the refusal, what must hold for it.".split()
+                ["The operator takes", *takes, "a bias or mask (B, N, S, T),", "and a scale."]
             ),
+            *_comment(rest.split()),
             f"{_INNER}return op.Attention({', '.join(operands)})",
         ]
 
@@ -248,6 +269,10 @@ def _product(factors: Sequence[tuple[str, ir.Value]], names: dict[ir.Value, str]
     for both in {*times} & {*divisors}:  # as in cap · tanh(x / cap)
         times.remove(both)
         divisors.remove(both)
+    times = [
+        f"{text} ** {times.count(text)}" if times.count(text) > 1 else text
+        for text in dict.fromkeys(times)
+    ]
     if not times:
         times = ["1" if divisors else "1.0"]
     return " / ".join([" * ".join(times), *divisors])

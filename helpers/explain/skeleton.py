@@ -8,89 +8,31 @@ Shapes in letters: B batch, N heads, S queries, T keys, D width of a head.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.explain.twins import OPERANDS, Axes, Twin, ordered
 from helpers.fuse import attention, forms
-from helpers.fuse.building import Reading
 from helpers.graph import walks
 from helpers.graph.values import dim, number, rank
-
-# What the operator gets, and the axes.
-OPERANDS = {
-    "query": ("B", "N", "S", "D"),
-    "key": ("B", "N", "T", "D"),
-    "value": ("B", "N", "T", "D"),
-}
-Axes = tuple[str, ...]  # in letters; empty where they are not known
 
 # Names of inputs that say how a node works, by operator and position.
 _PLACES = {
     **dict.fromkeys([("Reshape", 1), ("Expand", 1), ("ConstantOfShape", 0)], "shape"),
-    **dict.fromkeys([("Squeeze", 1), ("Unsqueeze", 1), ("ReduceMax", 1)], "axes"),
+    **dict.fromkeys([("Squeeze", 1), ("Unsqueeze", 1)], "axes"),
     **{("Slice", i): name for i, name in enumerate(("data", "start", "end", "axes", "steps"))},
     **{("Clip", 1): "lowest", ("Clip", 2): "highest", ("Max", 1): "lowest"},
     **{("Dropout", 1): "ratio", ("Dropout", 2): "training", ("CastLike", 1): "like"},
-    ("Concat", 1): "extra",
+    **{("Concat", 1): "extra", ("ReduceMax", 1): "axis"},
     **{("DequantizeLinear", 1): "quantised_by", ("DequantizeLinear", 2): "zero_point"},
 }
-_RESULTS = {"IsNaN": "is_nan", "ReduceMax": "highest", "Not": "holds"}
-
-
-@dataclasses.dataclass
-class Twin:
-    """A site as the file has it, and what has been read of its twin, in a copy of the model.
-
-    `own` has the file's values by those of the copy, whose shapes are inferred. What the operator
-    is made of in the copy is new: `made` are its outputs, and the result in the site's own axes.
-    """
-
-    site: graph.Site
-    own: Mapping[ir.Value, ir.Value]
-    reading: Reading | None = None
-    made: tuple[list[ir.Value], ir.Value] | None = None
-
-    @property
-    def operator(self) -> ir.Node:
-        return self.made[0][0].producer()
-
-    def inferred(self, value: ir.Value) -> ir.Value:
-        """The copy's own of a value of the file."""
-        return self._copies[value]
-
-    def __post_init__(self) -> None:
-        self._copies = {value: copy for copy, value in self.own.items()}
-
-    def file_nodes(self, nodes: Iterable[ir.Node]) -> list[ir.Node]:
-        """Those of the file, of nodes of the copy."""
-        values = (self.own.get(node.outputs[0]) for node in nodes)
-        return [value.producer() for value in values if value is not None]
-
-    def new_nodes(self) -> list[ir.Node]:
-        """The nodes that a rule makes, in order."""
-
-        def new(node: ir.Node) -> list[ir.Node]:
-            return [near for near in walks.producers(node) if near.outputs[0] not in self.own]
-
-        return ordered(self.made[1], {*walks.walk([self.made[1].producer()], new)})
-
-    def taken(self) -> set[ir.Value]:
-        """The values of the file that a rule's new nodes read."""
-        read = {value for node in self.new_nodes() for value in node.inputs if value is not None}
-        replaced = {self.reading.numbers.get(value, value) for value in read}
-        return {self.own[value] for value in replaced if value in self.own}
-
-    def operand(self, position: int) -> tuple[ir.Value, Axes]:
-        """What the operator's input `position` is made of, as the copy has it, and its axes."""
-        value, axes = self.operator.inputs[position], [*OPERANDS.values()][position]
-        while value not in self.own:
-            node = value.producer()
-            axes = _axes_before(node, axes)
-            value = node.inputs[0]
-        return value, axes
+_SETTINGS = {place for place, name in _PLACES.items() if name in ("shape", "axes", "ratio")}
+_RESULTS = {
+    **{"IsNaN": "is_nan", "ReduceMax": "highest"},
+    **dict.fromkeys(("And", "Equal", "Greater", "Less", "Not", "Or"), "holds"),
+}
 
 
 class Skeleton:
@@ -100,6 +42,7 @@ class Skeleton:
         self.twin, site = twin, twin.site
         self.axes: dict[ir.Value, Axes] = {}
         self.names: dict[ir.Value, str] = {}
+        self.settings: set[ir.Value] = set()  # parameters such as shapes: not read as numbers
         if twin.reading is None:
             self.before = walks.shortest(site.scores, {site.node}, walks.consumers)[1:-1]
             self.after = walks.shortest(site.node, {site.context}, walks.consumers)[1:-1]
@@ -110,11 +53,13 @@ class Skeleton:
             self.above = twin.file_nodes(twin.reading.above)
         self.spine = [site.scores, *self.before, site.node, *self.after, site.context]
         self.nodes = ordered(site.context.outputs[0], {*self.spine, *self.above, *self._beside()})
-        self._sides = {id(node): side for node, side in self._above_operands()}
+        self._sides = dict(self._above_operands())
         self._name_operands()
         for node, i, value in self._inputs():
             if value not in self.names:
                 self.names[value] = self._free(self._name(node, i, value))
+            if (node.op_type, i) in _SETTINGS:
+                self.settings.add(value)
         first = {name: i for i, name in enumerate(OPERANDS)}
         in_order = sorted(self.names.items(), key=lambda item: first.get(item[1], len(first)))
         self.names = dict(in_order)
@@ -122,10 +67,10 @@ class Skeleton:
 
     def label(self, node: ir.Node) -> str:
         """The name that a node's result has in the pattern."""
-        if id(node) in self._sides:
-            return {"query": "queries", "key": "keys", "value": "values"}[self._sides[id(node)]]
+        if node in self._sides:
+            return {"query": "queries", "key": "keys", "value": "values"}[self._sides[node]]
         if node not in self.spine:
-            return _RESULTS.get(node.op_type, node.op_type.lower())
+            return _RESULTS.get(node.op_type, "made")
         scored = node is self.twin.site.scores or node in self.before
         return "scores" if scored else "weights"
 
@@ -137,6 +82,10 @@ class Skeleton:
                 readers += [user for user in value.consumers() if user not in inside]
                 readers += [value.name] if value.is_graph_output() else []
         return [*dict.fromkeys(readers)]
+
+    def missing(self) -> list[str]:
+        """The tensors that the rule's new nodes read and the pattern does not."""
+        return sorted(value.name or "" for value in self.twin.taken - {*self.names})
 
     def _beside(self) -> set[ir.Node]:
         """Nodes that compute an operand from the scores or weights themselves: a maximum, IsNaN."""
@@ -194,17 +143,19 @@ class Skeleton:
 
     def _name(self, node: ir.Node, i: int, value: ir.Value) -> str:
         """A name for what `node` reads as its input `i` from outside of the pattern."""
-        reading, kind, copy = self.twin.reading, node.op_type, self.twin.inferred(value)
+        reading, kind, copy = self.twin.reading, node.op_type, self.twin.copies[value]
+        if kind == "Reshape" and node in self._sides:  # keys, swapped with three axes
+            return "flat" if node.inputs[0] in self.names else "split"
         if (kind, i) in _PLACES:
             return _PLACES[kind, i]
         if reading is not None and copy is reading.cap:
             return "cap"
         if kind in ("Mul", "Div"):
             name = {"Mul": "scale", "Div": "root"}[kind]
-            sides = {self._sides.get(id(user), "") for user in value.consumers()}
-            if id(node) in self._sides and len(sides) == 1:
-                return f"{name}_{self._sides[id(node)][0]}"  # scale_q, scale_k
-            if id(node) in self._sides:
+            sides = {self._sides.get(user, "") for user in value.consumers()}
+            if node in self._sides and len(sides) == 1:
+                return f"{name}_{self._sides[node][0]}"  # scale_q, scale_k
+            if node in self._sides:
                 return name
             return name if number(copy) is not None and node in self.before else "factor"
         if kind == "Where" and i == 0:
@@ -241,38 +192,17 @@ class Skeleton:
     def _axes_beside(self, node: ir.Node, scores: Axes) -> None:
         """The axes of what `node` reads beside scores of these axes."""
         for value in node.inputs:
-            copy = self.twin.inferred(value) if value in self.names else None
+            copy = self.twin.copies[value] if value in self.names else None
             axes = rank(copy)
             if value not in self.axes and axes and axes <= len(scores):
-                sizes = [dim(copy, i - axes) for i in range(axes)]
-                letters = zip(sizes, scores[-axes:], strict=True)
-                self.axes[value] = tuple("1" if size == 1 else axis for size, axis in letters)
+                sizes = zip(range(-axes, 0), scores[-axes:], strict=True)
+                letters = tuple(_letter(dim(copy, i), axis) for i, axis in sizes)
+                if {*letters} != {"?"}:
+                    self.axes[value] = letters
 
 
-def ordered(result: ir.Value, nodes: set[ir.Node]) -> list[ir.Node]:
-    """`nodes` as they are needed to compute `result`: first what its first input takes, and so on;
-    only those that it needs."""
-    done: dict[ir.Node, None] = {}
-
-    def visit(value: ir.Value | None) -> None:
-        node = value.producer() if value is not None else None
-        if node is None or node not in nodes or node in done:
-            return
-        for given in node.inputs:
-            visit(given)
-        done[node] = None
-
-    visit(result)
-    return [*done]
-
-
-def _axes_before(node: ir.Node, axes: Axes) -> Axes:
-    """The axes of the first input of `node`, whose result has these."""
-    if node.op_type == "Transpose":
-        perm = [*(node.attributes.get_ints("perm") or [])]
-        known = len(perm) == len(axes)
-        return tuple(axes[perm.index(i)] for i in range(len(perm))) if known else ()
-    if node.op_type == "Unsqueeze":  # heads in the batch, or one head
-        kept = rank(node.inputs[0]) or 0
-        return ("…", *axes[-2:]) if kept == 3 else axes[-kept:]
-    return axes if node.op_type in graph.ELEMENTWISE else ()
+def _letter(size: int | str | None, axis: str) -> str:
+    """How an axis of this `size` is written, beside scores that have `axis` there."""
+    if size is None or str(size).startswith("unk__"):  # shape inference's name for what it is not
+        return "?"
+    return "1" if size == 1 else axis

@@ -22,6 +22,11 @@ from helpers import graph
 
 WIDTH = 100  # columns
 INDENT = 8  # of the lines of a method
+_PLAIN = {
+    getattr(ir.AttributeType, f"{kind}{s}")
+    for kind in ("INT", "FLOAT", "STRING")
+    for s in ("", "S")
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,7 @@ def literal(value: Any) -> str:
     if isinstance(value, ir.DataType):
         return f"ir.DataType.{value.name}"
     if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, bytes):
-        return json.dumps(value.decode())
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, (list, tuple)):
@@ -142,10 +145,19 @@ class Writer:
         if node in self.keywords:
             arguments += self.keywords[node]
         else:
-            arguments += [attribute(given) for given in node.attributes.values()]
+            arguments += map(attribute, filter(_is_shown, node.attributes.values()))
         if node.domain not in graph.STANDARD:
             arguments.append(f"_domain={literal(node.domain)}")
-        return Call(f"op.{node.op_type}", arguments)
+        plain = node.op_type.isidentifier()
+        operator = f"op.{node.op_type}" if plain else f"getattr(op, {literal(node.op_type)})"
+        return Call(operator, arguments)
+
+
+def _is_shown(given: ir.Attr) -> bool:
+    """Whether an attribute is written: one that a pattern can match, and that says something."""
+    plain = given.type in _PLAIN and not given.is_ref() and given.name.isidentifier()
+    noise = given.name == "allowzero" and not given.value  # which exporters write everywhere
+    return plain and not noise
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -56,7 +56,8 @@ class Reading:
     site: graph.Site
     from_input: set[ir.Value]  # the model's values that depend on what is in its inputs
     tape: Tape = dataclasses.field(default_factory=Tape)
-    as_rule: bool = False  # sizes are read off the operands alone, of which a rule knows
+    as_rule: bool = False  # sizes are read off the operands alone, which are all that a rule has
+    expands: bool = False  # the bias, whatever is known of its sizes
 
     # The operands, with as many `axes` as the scores have; where they are `flipped`, the keys are
     # on the last axis but one of the scores.
@@ -229,7 +230,9 @@ def _four_axes_of_bias(reading: Reading, query: ir.Value, key: ir.Value) -> ir.V
         bias = reading.whole(bias)
         bias = reading.tape.op("Reshape", [bias, reading.shape_of_scores()])
         bias = _four_axes(reading, bias)
-    elif sizes != (dim(reading.query, -2), dim(reading.key, -2)) or None in sizes:
+    elif (
+        reading.expands or sizes != (dim(reading.query, -2), dim(reading.key, -2)) or None in sizes
+    ):
         if reading.as_rule:
             tape = reading.tape
             rows, columns = tape.sizes(query, 2, 3), tape.sizes(key, 2, 3)
