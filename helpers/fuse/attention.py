@@ -43,18 +43,25 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
 
     Raises `Left`, with what `model` computes as it was, where that cannot be done.
     """
+    return build(read(model, site))
+
+
+def read(model: ir.Model, site: graph.Site) -> Reading:
+    """What `site` computes. Its products are made MatMul in `model`; nothing else is changed.
+
+    Raises `Left` where no operator does that.
+    """
     scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
     if scores is None or context is None:
         raise Left(f"its products are {site.scores.op_type} and {site.context.op_type}")
-    site = dataclasses.replace(site, scores=scores, context=context)
-    return build(_Reader(model, site).read())
+    return _Reader(model, dataclasses.replace(site, scores=scores, context=context)).read()
 
 
 class _Reader:
     """Reads a site from its first product to its last into a `Reading`, which is all its state."""
 
     def __init__(self, model: ir.Model, site: graph.Site) -> None:
-        self.of_scores, self.of_weights = _below(site.scores), _below(site.node)
+        self.of_scores, self.of_weights = below(site.scores), below(site.node)
         self.reading = Reading(site, graph.from_input(model))
         self.tape = self.reading.tape
 
@@ -67,7 +74,7 @@ class _Reader:
         before = self._between(self.of_scores, site.scores, softmax.inputs[0])
         reading.before = [node for node, _ in before]
         # Where the keys are on the last axis but one, everything is read as transposed.
-        reading.flipped = self._axis_of_keys() == -2
+        reading.flipped = reading.keys_first = self._axis_of_keys() == -2
         self._read_operands(*site.scores.inputs)
         for node, position in before:
             self._read_score(node, position)
@@ -137,13 +144,16 @@ class _Reader:
         for side in (1, 0) if node.op_type == "Mul" else (1,):
             factor, multiplied = number(node.inputs[side]), node.inputs[1 - side]
             if factor and rank(multiplied) == rank(value) is not None:
-                self._scale(node.op_type, factor)
+                self._scale(node.op_type, node.inputs[side])
+                self.reading.above.append(node)
                 return self._unscaled(multiplied)
         return value
 
-    def _scale(self, kind: str, factor: float) -> None:
-        """The scores times `factor`, or where `kind` is Div, by it."""
+    def _scale(self, kind: str, operand: ir.Value) -> None:
+        """The scores times the number `operand`, or where `kind` is Div, by it."""
+        factor = number(operand)
         self.reading.scale *= factor if kind == "Mul" else 1 / factor
+        self.reading.factors.append((kind, operand))
 
     def _swapped(self, value: ir.Value) -> ir.Value:
         """`value` with its last two axes exchanged."""
@@ -151,11 +161,15 @@ class _Reader:
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
         if (inner := forms.swapped_in_three(value)) is not None:
+            while value is not inner:
+                self.reading.above.append(value.producer())
+                value = value.producer().inputs[0]
             return inner
         node, perm = value.producer(), [*range(axes)]
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
+            self.reading.above.append(node)
         perm[-2], perm[-1] = perm[-1], perm[-2]
         if perm == sorted(perm):
             return value
@@ -211,13 +225,13 @@ class _Reader:
     def _multiply(self, kind: str, operand: ir.Value) -> None:
         reading, factor = self.reading, number(operand)
         if reading.in_tanh and factor and kind == "Mul":  # c·tanh(x/c)
-            reading.in_tanh, reading.softcap = False, factor
-            self._scale(kind, factor)
+            reading.in_tanh, reading.softcap, reading.cap = False, factor, operand
+            self._scale(kind, operand)
             return
         if reading.in_tanh or reading.softcap is not None:
             raise Left("the scores are scaled after a tanh")
         if factor:
-            self._scale(kind, factor)
+            self._scale(kind, operand)
         else:
             reading.row_scales.append((kind, self._of_rows(operand)))
         if reading.bias is not None:
@@ -267,6 +281,7 @@ class _Reader:
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
         zero = reading.bias or self.tape.number(0.0, dtype)
         low = self.tape.number(lowest, dtype)
+        reading.numbers[low] = other
         choice = [zero, low] if keeps else [low, zero]
         reading.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
@@ -404,7 +419,7 @@ class _Reader:
         return next(map(graph.name, others), "")
 
 
-def _below(node: ir.Node) -> set[ir.Value]:
+def below(node: ir.Node) -> set[ir.Value]:
     """What is computed from the results of `node`, not from their shapes, in the same graph."""
 
     def following(above: ir.Node) -> list[ir.Node]:
