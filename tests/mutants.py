@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -22,9 +23,12 @@ import torch
 import transformers
 from onnx import helper, numpy_helper
 from onnxruntime.transformers import optimizer
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxscript import rewriter
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from helpers import export, files, graph, models
+from helpers import explain, export, files, fuse, graph, models
+from helpers.models.small import ARCHITECTURES, Small
 from helpers.quiet import quiet
 
 HEADS, WIDTH, LAYER = 4, 32, 1  # the layer that is changed, of two
@@ -34,13 +38,21 @@ SIZES = {"num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_siz
 
 @dataclass(frozen=True)
 class Seed:
-    """A graph that `model_type` fuses at each of `opt_levels`."""
+    """A graph that `model_type` fuses at each of `opt_levels`, or `rules`, "FILE.py:NAME", do."""
 
     name: str
     model_type: str
     opt_levels: tuple[int, ...]
     proto: onnx.ModelProto
     inputs: Path  # an .npz; padded on the right, which is all that BERT's fusions are right for
+    rules: str | None = None
+
+    def explained(self, path: Path, level: int, **more: Any) -> explain.Explanation:
+        """What `explain` says of the graph at `path`, made from this one."""
+        if self.rules:
+            return explain.explain(path, rules=self.rules, **{"parity": False} | more)
+        sizes = {"num_heads": HEADS, "hidden_size": WIDTH, "opt_level": level}
+        return explain.explain(path, self.model_type, **sizes, **more)
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,66 @@ def seeds(folder: Path) -> list[Seed]:
         export.export(model.eval(), inputs, path, "torchscript", dynamic=dynamic)
         np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in inputs.items()})
         found.append(Seed(name, model_type, levels, onnx.load(path), folder / f"{name}.npz"))
+    return found
+
+
+class PackedAttention(torch.nn.Module):
+    """A Vision Transformer's layers as timm writes them: one product makes all three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(WIDTH) for _ in range(3))
+        self.packed = torch.nn.ModuleList(torch.nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.output = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> dict:
+        batch, length, _ = x.shape
+        for norm, packed, output in zip(self.norms, self.packed, self.output, strict=False):
+            heads = packed(norm(x)).reshape(batch, length, 3, HEADS, WIDTH // HEADS)
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+            weights = (q @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1)
+            x = x + output((weights @ v).transpose(1, 2).reshape(batch, length, WIDTH))
+        return {"y": self.norms[-1](x)}
+
+
+def seeds_of_rules(folder: Path) -> list[Seed]:
+    """Graphs that no stock fusion fuses, with the rules that `explain.suggest` writes for them:
+    WavLM, Swin, GPT-2's decoder, a packed Vision Transformer, and BERT in float16."""
+    torch.manual_seed(0)
+    swin = Small("SwinModel", {"embed_dim": 16, "depths": [2], "num_heads": [2], "image_size": 32, "patch_size": 4, "window_size": 4}, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)})  # fmt: skip
+    half = ARCHITECTURES["BERT"]
+    made = [
+        ("wavlm", ARCHITECTURES["WavLM"].make("eager"), ARCHITECTURES["WavLM"].inputs(), True),
+        ("swin", swin.make("eager"), swin.inputs(), False),
+        ("gpt2", ARCHITECTURES["GPT-2"].make("eager"), ARCHITECTURES["GPT-2"].inputs(), True),
+        ("packed", PackedAttention(), {"x": torch.randn(2, 9, WIDTH)}, True),
+        ("half", _Hidden(half.make("eager")), half.inputs(), True),
+    ]
+    found = []
+    for name, model, inputs, dynamic in made:
+        path = folder / f"{name}.onnx"
+        export.export(model.eval(), inputs, path, "torchscript", dynamic=dynamic)
+        if name == "half":
+            onnx.save(convert_float_to_float16(onnx.load(path)), path)
+        whole = graph.load(path)
+        with quiet():
+            fuse.convert(whole)
+        files.save(whole, path)
+        np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in inputs.items()})
+        suggestion = explain.suggest(path)
+        assert not suggestion.left
+        (folder / f"{name}.py").write_text(suggestion.text)
+        (rules,) = re.findall(r"--rules FILE.py:(\w+)", suggestion.text)
+        found.append(
+            Seed(
+                name,
+                "",
+                (0,),
+                onnx.load(path),
+                folder / f"{name}.npz",
+                f"{folder / name}.py:{rules}",
+            )
+        )
     return found
 
 
@@ -186,7 +258,7 @@ def _changed(seed: Seed, node: onnx.NodeProto) -> Iterator[Mutant]:
         yield Mutant(seed, f"operands of {node.op_type} {node.name} swapped", names, proto)
     if node.op_type == "Transpose":
         perm = list(helper.get_node_attr_value(node, "perm"))
-        for a, b in ((0, 1), (1, 2), (2, 3)):
+        for a, b in itertools.pairwise(range(len(perm))):
             other = [*perm]
             other[a], other[b] = other[b], other[a]
             proto, by_name = _copy(seed.proto)
@@ -264,7 +336,13 @@ def outputs(path: Path, inputs: Path) -> list[np.ndarray]:
 @contextlib.contextmanager
 def watched() -> Iterator[list[onnx.ModelProto | None]]:
     """What each run of the optimizer in this context makes; None where it raises."""
-    plain, results = optimizer.optimize_model, []
+    plain, rewrite, results = optimizer.optimize_model, rewriter.rewrite, []
+
+    def rewritten(model: ir.Model, *args: Any) -> Any:
+        results.append(None)
+        made = rewrite(model, *args)
+        results[-1] = ir.to_proto(made)
+        return made
 
     def optimize_model(*args: Any, **options: Any) -> Any:
         results.append(None)
@@ -273,11 +351,11 @@ def watched() -> Iterator[list[onnx.ModelProto | None]]:
         results[-1].CopyFrom(made.model)  # whoever asked may change it
         return made
 
-    optimizer.optimize_model = optimize_model
+    optimizer.optimize_model, rewriter.rewrite = optimize_model, rewritten
     try:
         yield results
     finally:
-        optimizer.optimize_model = plain
+        optimizer.optimize_model, rewriter.rewrite = plain, rewrite
 
 
 def expected(path: Path, mutant: Mutant) -> list[np.ndarray] | None:

@@ -6,8 +6,6 @@ import jsonschema
 import onnx
 import pytest
 from mutants import (
-    HEADS,
-    WIDTH,
     Mutant,
     Seed,
     attentions,
@@ -17,13 +15,13 @@ from mutants import (
     optimised,
     outcome,
     seeds,
+    seeds_of_rules,
     watched,
 )
 from paths import astray, matched
 from test_explain import SCHEMA
 
 from helpers import graph
-from helpers.explain import explain
 
 EVERY = 7  # of the mutants, one in so many is tried in each run of the tests
 VALID = jsonschema.Draft202012Validator(SCHEMA)
@@ -38,13 +36,25 @@ def fused(tmp_path_factory) -> list[Seed]:
 def test_seeds_fuse(fused, tmp_path):
     for seed in fused:
         onnx.save(seed.proto, tmp_path / "a.onnx")
-        options = {"num_heads": HEADS, "hidden_size": WIDTH}
         for level in seed.opt_levels:
             made = optimised(tmp_path / "a.onnx", seed, level)
             assert attentions(made) == 2
             with watched() as results:  # `explain` changes nothing of what it watches
-                explain(tmp_path / "a.onnx", seed.model_type, opt_level=level, **options)
+                seed.explained(tmp_path / "a.onnx", level)
             assert results == [made]
+
+
+@pytest.fixture(scope="session")
+def suggested(tmp_path_factory) -> list[Seed]:
+    return seeds_of_rules(tmp_path_factory.mktemp("suggested"))
+
+
+def test_suggested_rules_fuse_their_seeds(suggested, tmp_path):
+    for seed in suggested:
+        onnx.save(seed.proto, tmp_path / "a.onnx")
+        answer = seed.explained(tmp_path / "a.onnx", 0, parity=True, inputs=seed.inputs)
+        assert [site.fused for site in answer.sites] == [True, True], f"{seed.name}: {answer}"
+        assert answer.parity.held
 
 
 def missed(fused: list[Seed], folder, every: int) -> tuple[collections.Counter, list[str]]:
@@ -65,10 +75,9 @@ def told(mutant: Mutant, path, level: int) -> tuple[str | None, str | None]:
     right = expected(path, mutant)
     if right is None:
         return None, None
-    options = {"num_heads": HEADS, "hidden_size": WIDTH, "opt_level": level}
     parity = {"parity": True, "inputs": mutant.seed.inputs}
     with watched() as results, matched() as concluded:
-        answer = explain(path, mutant.seed.model_type, **options, **parity)
+        answer = mutant.seed.explained(path, level, **parity)
     assert not astray(answer, graph.load(path), concluded), mutant
     came = outcome(results[-1], right, mutant, path.with_suffix(".optimised.onnx"))
     if answer.not_compared and came in ("wrong", "holds"):
@@ -84,6 +93,19 @@ def test_faults_are_named(fused, tmp_path):
     assert not misses, "\n".join(misses)
     assert came_to.total() - came_to[None] >= LEAST
     assert min(came_to[one] for one in ("stops", "wrong", "raises")) >= 8
+
+
+def test_faults_before_rules_are_named(suggested, tmp_path):
+    came_to, misses = missed(suggested, tmp_path, 2 * EVERY)
+    assert not misses, "\n".join(misses)
+    assert came_to["stops"] >= 20
+
+
+@pytest.mark.every
+def test_every_fault_before_rules_is_named(suggested, tmp_path):
+    came_to, misses = missed(suggested, tmp_path, 1)
+    print(dict(came_to))
+    assert not misses, "\n".join(misses)
 
 
 @pytest.mark.every
