@@ -43,9 +43,16 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
 
     Raises `Left`, with what `model` computes as it was, where that cannot be done.
     """
-    scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
-    if scores is None or context is None:
-        raise Left(f"its products are {site.scores.op_type} and {site.context.op_type}")
+    if site.node.op_type == "QLinearSoftmax":
+        raise Left(
+            "it is in QOperator form; fuse before quantising, or quantise to QuantFormat.QDQ"
+        )
+    weights = next(value for value in site.context.inputs if value in _below(site.node))
+    scores, context = products.as_matmul(site.scores), products.as_matmul(site.context, weights)
+    for product, rewritten in ((site.scores, scores), (site.context, context)):
+        if rewritten is None:
+            written = product.attributes.get_string("equation", "") or graph.name(product)
+            raise Left(f"{product.op_type} {written} is no product of two matrices")
     site = dataclasses.replace(site, scores=scores, context=context)
     return build(_Reader(model, site).read())
 
