@@ -45,7 +45,7 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
     """
     if site.node.op_type == "QLinearSoftmax":
         raise Left(
-            "it is in QOperator form; fuse before quantising, or quantise to QuantFormat.QDQ"
+            "it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ"
         )
     weights = next(value for value in site.context.inputs if value in _below(site.node))
     scores, context = products.as_matmul(site.scores), products.as_matmul(site.context, weights)
