@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.explain.skeleton import Skeleton
-from helpers.explain.statements import WIDTH, Call, Writer, attribute, lines, literal
+from helpers.explain.statements import WIDTH, Call, Writer, attribute, lines, literal, printable
 from helpers.explain.twins import OPERANDS
 from helpers.graph import walks
 from helpers.graph.values import NOTHING, number, rank
@@ -21,8 +21,8 @@ class RuleText:
     """The text of one rule. `left` says what is left to write, if the operator cannot do it."""
 
     def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton, self.twin, self.left = skeleton, skeleton.twin, skeleton.twin.left
-        self.names = skeleton.names
+        self.skeleton, self.twin, self.names = skeleton, skeleton.twin, skeleton.names
+        self.left = printable(skeleton.twin.left) if skeleton.twin.left else None
 
     def name(self) -> str:
         """A name of the class that says what the site does to its scores."""
@@ -92,7 +92,7 @@ class RuleText:
 
     def _remark_on_pattern(self, node: ir.Node) -> str:
         """A remark on a node of the pattern: the shape, where it changes; what is left to write."""
-        if self.left and f"{node.op_type} {graph.name(node)} " in f"{self.left} ":
+        if self.left and printable(f"{node.op_type} {graph.name(node)} ") in f"{self.left} ":
             return "left to write"
         axes = self.skeleton.axes.get(node.outputs[0], ())
         changed = node is self.twin.site.scores or node.op_type == "Transpose"

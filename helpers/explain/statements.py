@@ -72,6 +72,12 @@ def literal(value: Any) -> str:
     return repr(value).replace("e+", "e")
 
 
+def printable(text: str) -> str:
+    """What has names of a file in it, as a docstring, a comment or a message may have it."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return shown.replace("\\", "/").replace('"', "'")
+
+
 def attribute(attribute: ir.Attr) -> str:
     """An attribute as a keyword; one that holds a tensor as the tensor's number, of its type."""
     if attribute.type == ir.AttributeType.TENSOR:

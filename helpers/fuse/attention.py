@@ -46,15 +46,18 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
     return build(read(model, site))
 
 
-def read(model: ir.Model, site: graph.Site) -> Reading:
+def read(model: ir.Model, site: graph.Site, *, as_rule: bool = False) -> Reading:
     """What `site` computes. Its products are made MatMul in `model`; nothing else is changed.
 
-    Raises `Left` where no operator does that.
+    `as_rule`: so that a rewrite rule can do it, of which a branch's ends at the branch. Raises
+    `Left` where no operator does that.
     """
     scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
     if scores is None or context is None:
         raise Left(f"its products are {site.scores.op_type} and {site.context.op_type}")
-    return _Reader(model, dataclasses.replace(site, scores=scores, context=context)).read()
+    reader = _Reader(model, dataclasses.replace(site, scores=scores, context=context))
+    reader.reading.as_rule = as_rule
+    return reader.read()
 
 
 class _Reader:
@@ -138,7 +141,7 @@ class _Reader:
 
     def _unscaled(self, value: ir.Value) -> ir.Value:
         """What `value` is a multiple of; the number goes into the scale."""
-        node = value.producer()
+        node = self._maker(value)
         if node is None or node.op_type not in ("Mul", "Div"):
             return value
         for side in (1, 0) if node.op_type == "Mul" else (1,):
@@ -148,6 +151,12 @@ class _Reader:
                 self.reading.above.append(node)
                 return self._unscaled(multiplied)
         return value
+
+    def _maker(self, value: ir.Value) -> ir.Node | None:
+        """What makes `value`, if it can be taken for a part of the site."""
+        node, reading = value.producer(), self.reading
+        outside = reading.as_rule and node is not None and node.graph is not reading.site.node.graph
+        return None if outside else node
 
     def _scale(self, kind: str, operand: ir.Value) -> None:
         """The scores times the number `operand`, or where `kind` is Div, by it."""
@@ -160,12 +169,13 @@ class _Reader:
         axes = rank(value)
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
-        if (inner := forms.swapped_in_three(value)) is not None:
+        node, perm = self._maker(value), [*range(axes)]
+        inner = forms.swapped_in_three(value) if node is not None else None
+        if inner is not None:
             while value is not inner:
                 self.reading.above.append(value.producer())
                 value = value.producer().inputs[0]
             return inner
-        node, perm = value.producer(), [*range(axes)]
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
