@@ -114,7 +114,7 @@ def test_more_ways_of_writing_it(tmp_path, way):
     check(write(tmp_path / "in.onnx", body(**MORE[way]), **ARRAYS))
 
 
-@pytest.mark.parametrize(("architecture", "route", "forms"), MODELS)
+@pytest.mark.parametrize(("architecture", "route"), MODELS)
 def test_models(tmp_path, architecture, route):
     small, (way, attention) = ARCHITECTURES[architecture], coverage.ROUTES[route]
     with quiet():
@@ -247,6 +247,11 @@ def test_a_bias_that_has_rows_is_not_expanded(tmp_path):
     assert "Expand" in check(one_row)
 
 
+def test_a_cast_that_changes_nothing(tmp_path):
+    way = {"before": "sa = Mul (s0, half) s = Cast <to = 1> (sa)"}
+    assert "CastLike" not in check(source(tmp_path, way))
+
+
 def test_a_site_in_a_branch(tmp_path):
     inner = """
     c = If (yes) <
@@ -259,7 +264,7 @@ def test_a_site_in_a_branch(tmp_path):
     check(write(tmp_path / "in.onnx", (HEAD + some + inner + TAIL).replace("MORE", "")))
 
 
-def test_large_weights_are_not_read(tmp_path, monkeypatch):
+def test_large_weights(tmp_path):
     random = np.random.default_rng(0)
     weights = {name: random.normal(size=(256, 256)) / 16 for name in ("wq", "wk", "wv", "wo")}
     weights |= {name: random.normal(size=256) for name in ("bq", "bv", "bo", "gamma", "beta")}

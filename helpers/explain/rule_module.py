@@ -37,12 +37,12 @@ class _Form:
 
 def written(opened: files.Opened) -> tuple[str, list[str]]:
     """The module for the sites of what is `opened`, and a line for each rule that is unfinished."""
-    model = graph.load(opened.path, weights=False)
+    model = graph.load(opened.path)
     before = model.opset_imports.get("", pipeline.OPSET)
     with quiet():
         pipeline.convert(model)
     if before < pipeline.OPSET:
-        logger.info(f"the rules are for the graph at opset {pipeline.OPSET}, from {before}")
+        logger.info(f"the rules match the graph at opset {pipeline.OPSET}; it has {before}")
     forms: dict[str, _Form] = {}
     left = []
     for twin in twins.read(model):

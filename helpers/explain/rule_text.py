@@ -127,12 +127,8 @@ class RuleText:
             if len(names) == 1:
                 yield f"{ranks} not in ({axes}, None)", f"{names[0]}: expected {axes} axes", names
             elif names:
-                listed = f"{', '.join(names[:-1])} and {names[-1]}"
-                yield (
-                    f"not {{{ranks}}} <= {{{axes}, None}}",
-                    f"{listed}: expected {axes} axes",
-                    names,
-                )
+                condition = f"not {{{ranks}}} <= {{{axes}, None}}"
+                yield condition, f"{_listed(names)}: expected {axes} axes", names
 
     def _rows(self) -> Iterator[tuple[str, str, list[str]]]:
         """A test that the bias has a row for each query, where nothing makes them."""
@@ -150,7 +146,7 @@ class RuleText:
             yield f"not number({scales[0]})", f"{scales[0]}: expected a constant", scales
         elif scales:
             condition = f"not all(map(number, ({', '.join(scales)})))"
-            yield condition, f"{' and '.join(scales)}: expected constants", scales
+            yield condition, f"{_listed(scales)}: expected constants", scales
         lows = {self.twin.own.get(value) for value in reading.numbers.values()}
         for value, name in self.names.items():
             given = number(self.twin.copies[value])
@@ -288,6 +284,10 @@ def _constant(node: ir.Node) -> str:
 
 def _signature(method: str, parameters: Sequence[str]) -> list[str]:
     return lines(Call(f"def {method}", ["self", *parameters]), after=":", indent=4)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _shape(axes: Sequence[str]) -> str:

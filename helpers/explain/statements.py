@@ -125,8 +125,8 @@ class Writer:
     def _line(self, node: ir.Node, call: Call, before: str) -> list[str]:
         written = lines(call, before)
         remark = self.remark(node)
-        if remark and len(f"{written[-1]}  # {remark}") <= WIDTH:
-            written[-1] += f"  # {remark}"
+        if remark and len(written) == 1 and len(f"{written[0]}  # {remark}") <= WIDTH:
+            written[0] += f"  # {remark}"
         elif remark:
             written.insert(0, f"{' ' * INDENT}# {remark}")
         return written

@@ -226,7 +226,7 @@ class _Reader:
             raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
 
     def _cast(self, node: ir.Node) -> None:
-        if node.op_type not in _CASTS:
+        if not _changes_type(node):
             return
         self.reading.casts = True
         if self.reading.bias is not None:
@@ -291,7 +291,8 @@ class _Reader:
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
         zero = reading.bias or self.tape.number(0.0, dtype)
         low = self.tape.number(lowest, dtype)
-        reading.numbers[low] = other
+        if not (reading.flipped and rank(other)):
+            reading.numbers[low] = other
         choice = [zero, low] if keeps else [low, zero]
         reading.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
@@ -342,7 +343,7 @@ class _Reader:
         """What `node`, which gets them as its input `position`, does to the weights."""
         reading, kind, inputs = self.reading, node.op_type, node.inputs
         if kind in _SAME:
-            reading.casts |= kind in _CASTS
+            reading.casts |= _changes_type(node)
         elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
@@ -427,6 +428,12 @@ class _Reader:
         users = [user for value in values for user in value.consumers()]
         others = (user for user in users if user not in within and user.op_type != "Shape")
         return next(map(graph.name, others), "")
+
+
+def _changes_type(node: ir.Node) -> bool:
+    """Whether it is a cast, and not one to the type that its input is known to have."""
+    given, made = node.inputs[0].dtype, node.outputs[0].dtype
+    return node.op_type in _CASTS and (given is None or given != made)
 
 
 def below(node: ir.Node) -> set[ir.Value]:
