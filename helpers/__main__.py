@@ -82,6 +82,14 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import explain
 
     model = files.checked(arguments.model)
+    suggestion = _suggested(arguments, model) if arguments.suggest else None
+    if not (arguments.model_type or arguments.fusion or arguments.rules):
+        if suggestion:
+            return DONE, suggestion.to_json(), suggestion.text.rstrip("\n")
+        raise files.BadInput(
+            f"{arguments.model}: expected one of --model-type, --fusion, --rules and --suggest,"
+            " found none; give one"
+        )
     if arguments.rules:
         if arguments.what_if:
             raise files.BadInput("--what-if: expected --model-type or --fusion, found --rules")
@@ -99,7 +107,22 @@ def _explain(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     if arguments.save:
         _save_cut(arguments, explanation)
     status = FAILED if explanation.failed else DONE
-    return status, explanation.to_json(), f"{arguments.model}\n{explanation}"
+    answer, text = explanation.to_json(), f"{arguments.model}\n{explanation}"
+    if suggestion:
+        print(text, file=sys.stderr)
+        answer, text = answer | suggestion.to_json(), suggestion.text.rstrip("\n")
+    return status, answer, text
+
+
+def _suggested(arguments: argparse.Namespace, model: Any) -> Any:
+    """Rules for the model's sites, whose text alone goes to standard output."""
+    from helpers import explain
+
+    for option in ("save", "what_if"):
+        if getattr(arguments, option):
+            found = f"--{option.replace('_', '-')}"
+            raise files.BadInput(f"--suggest: expected no {found} beside it; run it apart")
+    return explain.suggest(model)
 
 
 def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -167,7 +190,7 @@ def _compare_options(command: argparse.ArgumentParser) -> None:
 
 def _explain_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
-    fusion = command.add_mutually_exclusive_group(required=True)
+    fusion = command.add_mutually_exclusive_group()
     fusion.add_argument("--model-type", metavar="TYPE", help="of ONNX Runtime's optimizer: bert, …")
     fusion.add_argument("--fusion", metavar="FILE.py:CLASS", help="a Fusion or OnnxModel of yours")
     fusion.add_argument("--rules", metavar="onnxscript", help="or FILE.py:CLASS, a rewrite rule")
@@ -188,6 +211,9 @@ def _explain_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--what-if", action="store_true", help="the same at the other levels, each compared"
+    )
+    command.add_argument(
+        "--suggest", action="store_true", help="print a rule for each form of site, as Python"
     )
 
 

@@ -2,6 +2,7 @@
 
 from helpers.explain.entry import LEVELS, explain, what_if
 from helpers.explain.reasons import Attempt, Check, Explanation, Node, Reason, Verdict
+from helpers.explain.suggest import Suggestion, suggest
 
 __all__ = [
     "LEVELS",
@@ -10,7 +11,9 @@ __all__ = [
     "Explanation",
     "Node",
     "Reason",
+    "Suggestion",
     "Verdict",
     "explain",
+    "suggest",
     "what_if",
 ]

@@ -7,6 +7,7 @@ The rules are those that ``optimize_for_ort`` applies for attention, or a reader
 from __future__ import annotations
 
 import ast
+import inspect
 import linecache
 from pathlib import Path
 from types import CodeType
@@ -267,8 +268,10 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
     for entry in given:
         if isinstance(entry, str):
             entry = chosen.loaded(entry)
-        if isinstance(entry, pattern.RewriteRuleSet):
-            rule_list += entry.rules
+            if inspect.isfunction(entry):
+                entry = entry()
+        if isinstance(entry, list | tuple | pattern.RewriteRuleSet):
+            rule_list += _rule_set(entry).rules
         elif isinstance(entry, type) and issubclass(entry, pattern.RewriteRuleClassBase):
             rule_list.append(entry.rule())
         elif isinstance(entry, pattern.RewriteRule):
@@ -278,16 +281,19 @@ def _rule_set(rules: Any) -> pattern.RewriteRuleSet:
                 f"{entry}: expected a rewrite rule, a set of them, or a subclass of onnxscript's"
                 " RewriteRuleClassBase; name another"
             )
+    if not rule_list:
+        raise files.BadInput(f"{rules}: expected rewrite rules, found none; name some")
     return pattern.RewriteRuleSet(rule_list)
 
 
 def applied(opened: files.Opened, rules: Any, draft: Path | None) -> Outcome:
     """Apply rewrite rules to the model that is `opened`; what they make is written to `draft`.
 
-    `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``,
-    "FILE.py:NAME" of one, or a list of them, applied as ``onnxscript.rewriter.rewrite`` does.
-    "onnxscript": those for attention that ``optimize_for_ort`` applies, in its course. A site is
-    fused if an operator of `graph.FUSED` takes its place. What the rules' code raises is a reason.
+    `rules` is a subclass of ``RewriteRuleClassBase``, a ``RewriteRule``, a ``RewriteRuleSet``, a
+    list of them, or "FILE.py:NAME" of any of these or of a function that gives one, applied as
+    ``onnxscript.rewriter.rewrite`` does. "onnxscript": those for attention that
+    ``optimize_for_ort`` applies, in its course. A site is fused if an operator of `graph.FUSED`
+    takes its place. What the rules' code raises is a reason.
     Raises `files.BadInput` on other `rules`.
     """
     rule_set = None if rules == "onnxscript" else _rule_set(rules)

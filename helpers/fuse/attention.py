@@ -43,25 +43,33 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
 
     Raises `Left`, with what `model` computes as it was, where that cannot be done.
     """
+    return build(read(model, site))
+
+
+def read(model: ir.Model, site: graph.Site, *, as_rule: bool = False) -> Reading:
+    """What `site` computes. Its products are made MatMul in `model`; nothing else is changed.
+
+    `as_rule`: so that a rewrite rule can do it, of which a branch's ends at the branch. Raises
+    `Left` where no operator does that.
+    """
     if site.node.op_type == "QLinearSoftmax":
-        raise Left(
-            "it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ"
-        )
-    weights = next(value for value in site.context.inputs if value in _below(site.node))
+        raise Left("it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ")
+    weights = next(value for value in site.context.inputs if value in below(site.node))
     scores, context = products.as_matmul(site.scores), products.as_matmul(site.context, weights)
     for product, rewritten in ((site.scores, scores), (site.context, context)):
         if rewritten is None:
             written = product.attributes.get_string("equation", "") or graph.name(product)
             raise Left(f"{product.op_type} {written} is no product of two matrices")
-    site = dataclasses.replace(site, scores=scores, context=context)
-    return build(_Reader(model, site).read())
+    reader = _Reader(model, dataclasses.replace(site, scores=scores, context=context))
+    reader.reading.as_rule = as_rule
+    return reader.read()
 
 
 class _Reader:
     """Reads a site from its first product to its last into a `Reading`, which is all its state."""
 
     def __init__(self, model: ir.Model, site: graph.Site) -> None:
-        self.of_scores, self.of_weights = _below(site.scores), _below(site.node)
+        self.of_scores, self.of_weights = below(site.scores), below(site.node)
         self.reading = Reading(site, graph.from_input(model))
         self.tape = self.reading.tape
 
@@ -74,7 +82,7 @@ class _Reader:
         before = self._between(self.of_scores, site.scores, softmax.inputs[0])
         reading.before = [node for node, _ in before]
         # Where the keys are on the last axis but one, everything is read as transposed.
-        reading.flipped = self._axis_of_keys() == -2
+        reading.flipped = reading.keys_first = self._axis_of_keys() == -2
         self._read_operands(*site.scores.inputs)
         for node, position in before:
             self._read_score(node, position)
@@ -138,31 +146,45 @@ class _Reader:
 
     def _unscaled(self, value: ir.Value) -> ir.Value:
         """What `value` is a multiple of; the number goes into the scale."""
-        node = value.producer()
+        node = self._maker(value)
         if node is None or node.op_type not in ("Mul", "Div"):
             return value
         for side in (1, 0) if node.op_type == "Mul" else (1,):
             factor, multiplied = number(node.inputs[side]), node.inputs[1 - side]
             if factor and rank(multiplied) == rank(value) is not None:
-                self._scale(node.op_type, factor)
+                self._scale(node.op_type, node.inputs[side])
+                self.reading.above.append(node)
                 return self._unscaled(multiplied)
         return value
 
-    def _scale(self, kind: str, factor: float) -> None:
-        """The scores times `factor`, or where `kind` is Div, by it."""
+    def _maker(self, value: ir.Value) -> ir.Node | None:
+        """What makes `value`, if it can be taken for a part of the site."""
+        node, reading = value.producer(), self.reading
+        outside = reading.as_rule and node is not None and node.graph is not reading.site.node.graph
+        return None if outside else node
+
+    def _scale(self, kind: str, operand: ir.Value) -> None:
+        """The scores times the number `operand`, or where `kind` is Div, by it."""
+        factor = number(operand)
         self.reading.scale *= factor if kind == "Mul" else 1 / factor
+        self.reading.factors.append((kind, operand))
 
     def _swapped(self, value: ir.Value) -> ir.Value:
         """`value` with its last two axes exchanged."""
         axes = rank(value)
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
-        if (inner := forms.swapped_in_three(value)) is not None:
+        node, perm = self._maker(value), [*range(axes)]
+        inner = forms.swapped_in_three(value) if node is not None else None
+        if inner is not None:
+            while value is not inner:
+                self.reading.above.append(value.producer())
+                value = value.producer().inputs[0]
             return inner
-        node, perm = value.producer(), [*range(axes)]
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
+            self.reading.above.append(node)
         perm[-2], perm[-1] = perm[-1], perm[-2]
         if perm == sorted(perm):
             return value
@@ -209,7 +231,7 @@ class _Reader:
             raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
 
     def _cast(self, node: ir.Node) -> None:
-        if node.op_type not in _CASTS:
+        if not _changes_type(node):
             return
         self.reading.casts = True
         if self.reading.bias is not None:
@@ -218,13 +240,13 @@ class _Reader:
     def _multiply(self, kind: str, operand: ir.Value) -> None:
         reading, factor = self.reading, number(operand)
         if reading.in_tanh and factor and kind == "Mul":  # c·tanh(x/c)
-            reading.in_tanh, reading.softcap = False, factor
-            self._scale(kind, factor)
+            reading.in_tanh, reading.softcap, reading.cap = False, factor, operand
+            self._scale(kind, operand)
             return
         if reading.in_tanh or reading.softcap is not None:
             raise Left("the scores are scaled after a tanh")
         if factor:
-            self._scale(kind, factor)
+            self._scale(kind, operand)
         else:
             reading.row_scales.append((kind, self._of_rows(operand)))
         if reading.bias is not None:
@@ -274,6 +296,8 @@ class _Reader:
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
         zero = reading.bias or self.tape.number(0.0, dtype)
         low = self.tape.number(lowest, dtype)
+        if not (reading.flipped and rank(other)):
+            reading.numbers[low] = other
         choice = [zero, low] if keeps else [low, zero]
         reading.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
@@ -324,7 +348,7 @@ class _Reader:
         """What `node`, which gets them as its input `position`, does to the weights."""
         reading, kind, inputs = self.reading, node.op_type, node.inputs
         if kind in _SAME:
-            reading.casts |= kind in _CASTS
+            reading.casts |= _changes_type(node)
         elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
@@ -411,7 +435,13 @@ class _Reader:
         return next(map(graph.name, others), "")
 
 
-def _below(node: ir.Node) -> set[ir.Value]:
+def _changes_type(node: ir.Node) -> bool:
+    """Whether it is a cast, and not one to the type that its input is known to have."""
+    given, made = node.inputs[0].dtype, node.outputs[0].dtype
+    return node.op_type in _CASTS and (given is None or given != made)
+
+
+def below(node: ir.Node) -> set[ir.Value]:
     """What is computed from the results of `node`, not from their shapes, in the same graph."""
 
     def following(above: ir.Node) -> list[ir.Node]:

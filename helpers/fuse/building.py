@@ -56,11 +56,14 @@ class Reading:
     site: graph.Site
     from_input: set[ir.Value]  # the model's values that depend on what is in its inputs
     tape: Tape = dataclasses.field(default_factory=Tape)
+    as_rule: bool = False  # sizes are read off the operands alone, which are all that a rule has
+    expands: bool = False  # the bias, whatever is known of its sizes
 
     # The operands, with as many `axes` as the scores have; where they are `flipped`, the keys are
     # on the last axis but one of the scores.
     axes: int = 0
     flipped: bool = False
+    keys_first: bool = False  # so it is in the product itself, before any Transpose
     query: ir.Value | None = None
     key: ir.Value | None = None
     value: ir.Value | None = None
@@ -78,12 +81,18 @@ class Reading:
     conditions: list[tuple[ir.Value, bool]] = dataclasses.field(default_factory=list)  # of masks
     added_keys: ir.Value | None = None  # how many, that are not the product's
 
+    # Where the numbers come from: the factors of the scale, the softcap, and constants on the tape.
+    factors: list[tuple[str, ir.Value]] = dataclasses.field(default_factory=list)  # Mul or Div
+    cap: ir.Value | None = None
+    numbers: dict[ir.Value, ir.Value] = dataclasses.field(default_factory=dict)
+
     # What is done to the weights.
     result_scales: list[tuple[str, ir.Value]] = dataclasses.field(default_factory=list)
     drops_added_keys: bool = False
     read_elsewhere: bool = False
 
-    # The nodes on the way, and the last one that the operator stands for.
+    # The nodes that the operator stands for: those above its operands, on the way, and the last.
+    above: list[ir.Node] = dataclasses.field(default_factory=list)
     before: list[ir.Node] = dataclasses.field(default_factory=list)
     after: list[ir.Node] = dataclasses.field(default_factory=list)
     last: ir.Node | None = None
@@ -139,9 +148,8 @@ class Reading:
 def build(reading: Reading) -> ir.Node:
     """Put a standard Attention in the place of the site that was read; returns it."""
     softmax = reading.site.node
-    query, value = _scaled_query(reading), _value(reading)
-    outputs = _operator(reading, query, value)
-    replaced = {reading.last.outputs[0]: _result(reading, outputs[0])}
+    outputs, result = made(reading)
+    replaced = {reading.last.outputs[0]: result}
     if reading.read_elsewhere:
         # Reshaped, since ONNX Runtime infers another shape for this output than it has.
         weights = reading.tape.op("Reshape", [outputs[3], reading.shape_of_scores()])
@@ -154,6 +162,13 @@ def build(reading: Reading) -> ir.Node:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         new.name, old.name = old.name, None
     return outputs[0].producer()
+
+
+def made(reading: Reading) -> tuple[list[ir.Value], ir.Value]:
+    """The outputs of the operator, and its result as the site gives it; they are on the tape."""
+    query, value = _scaled_query(reading), _value(reading)
+    outputs = _operator(reading, query, value)
+    return outputs, _result(reading, outputs[0])
 
 
 def _scaled_query(reading: Reading) -> ir.Value:
@@ -215,8 +230,15 @@ def _four_axes_of_bias(reading: Reading, query: ir.Value, key: ir.Value) -> ir.V
         bias = reading.whole(bias)
         bias = reading.tape.op("Reshape", [bias, reading.shape_of_scores()])
         bias = _four_axes(reading, bias)
-    elif sizes != (dim(reading.query, -2), dim(reading.key, -2)) or None in sizes:
-        bias = expanded(reading.tape, bias, query, key)
+    elif (
+        reading.expands or sizes != (dim(reading.query, -2), dim(reading.key, -2)) or None in sizes
+    ):
+        if reading.as_rule:
+            tape = reading.tape
+            rows, columns = tape.sizes(query, 2, 3), tape.sizes(key, 2, 3)
+            bias = tape.op("Expand", [bias, tape.shape(tape.ints(1, 1), rows, columns)])
+        else:
+            bias = expanded(reading.tape, bias, query, key)
     return reading.tape.op("CastLike", [bias, query]) if reading.casts else bias
 
 
