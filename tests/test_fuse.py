@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from building import Graph, save
 from graphs import ATTENTION, write
 from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -276,6 +277,61 @@ def test_a_bias_in_another_layout_is_expanded_where_it_must_be(tmp_path, rows, e
     assert (done.held, done.fused) == (True, 1), str(done)
     made = graph.counts(graph.load(tmp_path / "out.onnx"))
     assert made.get("Expand", 0) == expands
+
+
+# Products by Einsum: of queries with keys, of weights with values, and what each operand has.
+EINSUMS = {
+    "heads": ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"),
+    "the weights second": ("bqhd,bkhd->bhqk", "bkhd,bhqk->bqhd"),
+    "keys before queries": ("bkhd,bqhd->bhkq", "bhkq,bkhd->bqhd"),
+    "no heads": ("bqd,bkd->bqk", "bqk,bkd->bqd"),
+    "keys shared by the heads": ("bqhd,bkd->bhqk", "bhqk,bkd->bqhd"),
+    "keys shared in groups": ("bqghd,bkgd->bghqk", "bghqk,bkgd->bqghd"),
+    "learned queries": ("qhd,bkhd->bhqk", "bhqk,bkhd->bqhd"),
+    "blocks": ("...qhd,...khd->...hqk", "...hqk,...khd->...qhd"),
+}
+
+
+@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("form", EINSUMS)
+def test_products_by_einsum(tmp_path, form, target):
+    scores, context = EINSUMS[form]
+    axis = -2 if form == "keys before queries" else -1
+
+    def build(g: Graph, wrong: str) -> None:
+        first, second = scores.partition("->")[0].replace("...", "bB").split(",")
+        query, key = (second, first) if axis == -2 else (first, second)
+        sizes = {"b": "b", "B": 3, "q": "q", "k": "k", "h": 2, "g": 3, "d": 4}
+        k, v = (g.given(name, np.float32, *(sizes[label] for label in key)) for name in "kv")
+        if "b" in query:
+            q = g.given("q", np.float32, *(sizes[label] for label in query))
+        else:
+            q = g.weight("q", 5, 2, 4)
+        operands = (k, q) if axis == -2 else (q, k)
+        s = g.Mul(g.Einsum(*operands, equation=scores), 0.5)
+        w = g.Softmax(s, axis=axis)
+        operands = (v, w) if form == "the weights second" else (w, v)
+        result = context.partition("->")[2].replace("...", "bB")
+        rows = 5 if "b" not in query else "q"
+        dims = [rows if label == "q" else sizes[label] for label in result]
+        g.gives("y", g.Einsum(*operands, equation=context), *dims)
+
+    done = fuse.fuse(save(tmp_path / "in.onnx", build), tmp_path / "out.onnx", target=target)
+    assert (done.held, done.sites, done.fused, done.left) == (True, 1, 1, []), str(done)
+
+
+def test_a_product_of_three_is_left(tmp_path):
+    """Queries and keys with a weight between them, in one Einsum."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.float32, "b", "n", 8)
+        between = g.weight("between", 8, 2, 8)
+        s = g.Einsum(x, between, x, equation="bqd,dhe,bke->bhqk")
+        g.gives("y", g.MatMul(g.Softmax(s, axis=-1), g.Unsqueeze(x, [1])), "b", 2, "n", 8)
+
+    done = fuse.fuse(save(tmp_path / "in.onnx", build), tmp_path / "out.onnx")
+    assert (done.held, done.sites, done.fused) == (True, 1, 0)
+    assert "Einsum bqd,dhe,bke->bhqk is no product of two matrices" in done.left[0]
 
 
 def test_weights_that_are_read_elsewhere(tmp_path):

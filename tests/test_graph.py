@@ -5,7 +5,7 @@ import onnx
 import pytest
 from graphs import ATTENTION, write
 
-from helpers import files, graph
+from helpers import files, fuse, graph
 from helpers.graph import block, counts, cut_out, find, load, module, neighbours, origin, sites
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
@@ -229,3 +229,32 @@ def test_layer_of_a_node_that_an_optimizer_made(tmp_path):
     model = load(write(tmp_path / "a.onnx", text))
     find(model, "y").name = "/encoder/layers.0/attention/out_proj/MatMul"
     assert [site.layer for site in graph.sites(model)] == ["encoder.layers.0.attention"]
+
+
+def test_attention_in_qoperator_form(tmp_path):
+    """QLinearMatMul · QLinearSoftmax · QLinearMatMul is an attention site, with what is between."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    tiny (float[b,2,n,4] q, float[b,2,4,n] k, float[b,2,n,4] v, float[b,1,1,n] bias)
+      => (float[b,2,n,4] y)
+    <float one = {0.05}, uint8 zero = {128}>
+    {
+      q8 = QuantizeLinear (q, one, zero)
+      k8 = QuantizeLinear (k, one, zero)
+      v8 = QuantizeLinear (v, one, zero)
+      b8 = QuantizeLinear (bias, one, zero)
+      s8 = QLinearMatMul (q8, one, zero, k8, one, zero, one, zero)
+      [added] t8 = com.microsoft.QLinearAdd (s8, one, zero, b8, one, zero, one, zero)
+      [softmax] p8 = com.microsoft.QLinearSoftmax <axis = -1, opset = 13> (t8, one, zero, one, zero)
+      y8 = QLinearMatMul (p8, one, zero, v8, one, zero, one, zero)
+      y = DequantizeLinear (y8, one, zero)
+    }"""
+    path = tmp_path / "a.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    (site,) = graph.sites(graph.load(path))
+    assert (site.name, site.fused) == ("softmax", False)
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 0)
+    assert done.left == [
+        "softmax: it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ"
+    ]

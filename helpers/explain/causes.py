@@ -18,6 +18,8 @@ from helpers.explain.reasons import Reason
 
 _QUANTISED = re.compile(r"\b(\w*QuantizeLinear|QLinear\w+|\w+Integer\w*|MatMulNBits)\b")
 
+_BEFORE_QUANTISING = "fuse the float model, and quantise what that gives"
+
 
 class Asked(NamedTuple):
     """What a fusion was asked for: the `site`, of the `model`, by an optimizer that was told of so
@@ -62,8 +64,10 @@ def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
     return [*attribute.as_graphs()] if attribute.type == ir.AttributeType.GRAPHS else []
 
 
-def _quantised(reason: Reason, _asked: Asked) -> Told:
-    """The path or the check came upon a quantised operator."""
+def _quantised(reason: Reason, asked: Asked) -> Told:
+    """The path or the check came upon a quantised operator, or the whole site is in such."""
+    if asked.site.node.op_type == "QLinearSoftmax":
+        return "quantised", f"{asked.site.node.op_type}: {_BEFORE_QUANTISING}"
     operators = [node.operator for node in (reason.attempt.found if reason.attempt else ())]
     operators += reason.actual.operators if reason.actual else []
     if not operators and reason.check and reason.anchor:
@@ -71,7 +75,7 @@ def _quantised(reason: Reason, _asked: Asked) -> Told:
     named = _QUANTISED.search(" ".join(operators))
     if named is None:
         return None
-    return "quantised", f"{named[0]}: fuse the float model, and quantise what that gives"
+    return "quantised", f"{named[0]}: {_BEFORE_QUANTISING}"
 
 
 def _packed(reason: Reason, asked: Asked) -> Told:

@@ -15,7 +15,7 @@ from helpers import files, graph
 from helpers.explain import twins
 from helpers.explain.rule_text import RuleText
 from helpers.explain.skeleton import Skeleton
-from helpers.explain.statements import WIDTH
+from helpers.explain.statements import WIDTH, printable
 from helpers.fuse import pipeline
 from helpers.quiet import quiet
 
@@ -37,28 +37,28 @@ class _Form:
 
 def written(opened: files.Opened) -> tuple[str, list[str]]:
     """The module for the sites of what is `opened`, and a line for each rule that is unfinished."""
-    model = graph.load(opened.path, weights=False)
+    model = graph.load(opened.path)
     before = model.opset_imports.get("", pipeline.OPSET)
     with quiet():
         pipeline.convert(model)
     if before < pipeline.OPSET:
-        logger.info(f"the rules are for the graph at opset {pipeline.OPSET}, from {before}")
+        logger.info(f"the rules match the graph at opset {pipeline.OPSET}; it has {before}")
     forms: dict[str, _Form] = {}
     left = []
     for twin in twins.read(model):
         rule = _rule(twin)
         forms.setdefault(rule.form(), _Form(rule, [])).sites.append(twin.site)
         if rule.left:
-            left.append(f"{twin.site.name}: {rule.left}")
+            left.append(f"{printable(twin.site.name)}: {rule.left}")
     for line in left:
         logger.info(f"left to write: {line}")
     if not forms:
         state = "its attention is one operator already" if graph.sites(model) else "it has none"
         return (
-            f'"""No rule for the attention of {_printable(opened.path.name)}: {state}."""\n',
+            f'"""No rule for the attention of {printable(opened.path.name)}: {state}."""\n',
             left,
         )
-    return _module(_printable(opened.path.name), [*forms.values()]), left
+    return _module(printable(opened.path.name), [*forms.values()]), left
 
 
 def _rule(twin: twins.Twin) -> RuleText:
@@ -102,12 +102,6 @@ def _module(file: str, forms: list[_Form]) -> str:
     return "\n".join([*head, "", body, *tail, ""])
 
 
-def _printable(name: str) -> str:
-    """A name of the file as a docstring or a comment may have it."""
-    shown = "".join(sign if sign.isprintable() else "?" for sign in name)
-    return shown.replace("\\", "/").replace('"', "'")
-
-
 def _name(forms: list[_Form]) -> None:
     """Give each form's class a name of its own."""
     taken: list[str] = []
@@ -119,7 +113,7 @@ def _name(forms: list[_Form]) -> None:
 
 def _class(form: _Form) -> str:
     first, count = form.sites[0], len(form.sites)
-    place = _printable(f"{first.name} in {first.layer}" if first.layer else first.name)
+    place = printable(f"{first.name} in {first.layer}" if first.layer else first.name)
     more = f", the first of {count} sites of this form" if count > 1 else ""
     made = f"Made from the site {place}{more}."
     docstring = textwrap.wrap(made, WIDTH - 4, break_long_words=False, break_on_hyphens=False)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.explain.skeleton import Skeleton
-from helpers.explain.statements import WIDTH, Call, Writer, attribute, lines, literal
+from helpers.explain.statements import WIDTH, Call, Writer, attribute, lines, literal, printable
 from helpers.explain.twins import OPERANDS
 from helpers.graph import walks
 from helpers.graph.values import NOTHING, number, rank
@@ -21,8 +21,8 @@ class RuleText:
     """The text of one rule. `left` says what is left to write, if the operator cannot do it."""
 
     def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton, self.twin, self.left = skeleton, skeleton.twin, skeleton.twin.left
-        self.names = skeleton.names
+        self.skeleton, self.twin, self.names = skeleton, skeleton.twin, skeleton.names
+        self.left = printable(skeleton.twin.left) if skeleton.twin.left else None
 
     def name(self) -> str:
         """A name of the class that says what the site does to its scores."""
@@ -92,7 +92,7 @@ class RuleText:
 
     def _remark_on_pattern(self, node: ir.Node) -> str:
         """A remark on a node of the pattern: the shape, where it changes; what is left to write."""
-        if self.left and f"{node.op_type} {graph.name(node)} " in f"{self.left} ":
+        if self.left and printable(f"{node.op_type} {graph.name(node)} ") in f"{self.left} ":
             return "left to write"
         axes = self.skeleton.axes.get(node.outputs[0], ())
         changed = node is self.twin.site.scores or node.op_type == "Transpose"
@@ -127,12 +127,8 @@ class RuleText:
             if len(names) == 1:
                 yield f"{ranks} not in ({axes}, None)", f"{names[0]}: expected {axes} axes", names
             elif names:
-                listed = f"{', '.join(names[:-1])} and {names[-1]}"
-                yield (
-                    f"not {{{ranks}}} <= {{{axes}, None}}",
-                    f"{listed}: expected {axes} axes",
-                    names,
-                )
+                condition = f"not {{{ranks}}} <= {{{axes}, None}}"
+                yield condition, f"{_listed(names)}: expected {axes} axes", names
 
     def _rows(self) -> Iterator[tuple[str, str, list[str]]]:
         """A test that the bias has a row for each query, where nothing makes them."""
@@ -150,7 +146,7 @@ class RuleText:
             yield f"not number({scales[0]})", f"{scales[0]}: expected a constant", scales
         elif scales:
             condition = f"not all(map(number, ({', '.join(scales)})))"
-            yield condition, f"{' and '.join(scales)}: expected constants", scales
+            yield condition, f"{_listed(scales)}: expected constants", scales
         lows = {self.twin.own.get(value) for value in reading.numbers.values()}
         for value, name in self.names.items():
             given = number(self.twin.copies[value])
@@ -288,6 +284,10 @@ def _constant(node: ir.Node) -> str:
 
 def _signature(method: str, parameters: Sequence[str]) -> list[str]:
     return lines(Call(f"def {method}", ["self", *parameters]), after=":", indent=4)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _shape(axes: Sequence[str]) -> str:

@@ -72,6 +72,12 @@ def literal(value: Any) -> str:
     return repr(value).replace("e+", "e")
 
 
+def printable(text: str) -> str:
+    """What has names of a file in it, as a docstring, a comment or a message may have it."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return shown.replace("\\", "/").replace('"', "'")
+
+
 def attribute(attribute: ir.Attr) -> str:
     """An attribute as a keyword; one that holds a tensor as the tensor's number, of its type."""
     if attribute.type == ir.AttributeType.TENSOR:
@@ -119,8 +125,8 @@ class Writer:
     def _line(self, node: ir.Node, call: Call, before: str) -> list[str]:
         written = lines(call, before)
         remark = self.remark(node)
-        if remark and len(f"{written[-1]}  # {remark}") <= WIDTH:
-            written[-1] += f"  # {remark}"
+        if remark and len(written) == 1 and len(f"{written[0]}  # {remark}") <= WIDTH:
+            written[0] += f"  # {remark}"
         elif remark:
             written.insert(0, f"{' ' * INDENT}# {remark}")
         return written

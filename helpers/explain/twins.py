@@ -111,10 +111,10 @@ def _own(model: ir.Model, copy: ir.Model) -> dict[ir.Value, ir.Value]:
 def _read(copy: ir.Model, its_copy: graph.Site, twin: Twin) -> Twin:
     """`twin` with what the site is in the copy, `its_copy`."""
     try:
-        reading = attention.read(copy, its_copy)
+        reading = attention.read(copy, its_copy, as_rule=True)
     except attention.Left as why:
         return twin.unread(str(why))
-    reading.as_rule, reading.read_elsewhere = True, False
+    reading.read_elsewhere = False  # a rule has one result
     reading.expands = not _has_rows(twin.own.get(reading.bias))
     outputs, result = building.made(reading)
     last = reading.site.context.outputs[0]

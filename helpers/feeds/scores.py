@@ -163,8 +163,8 @@ class _Exposed:
         for site in sites:
             result = (site.context or site.node).outputs[0]
             node = makers.get(site.node.outputs[0].name)
-            if node is None or result.name not in makers:
-                continue
+            if node is None or result.name not in makers or node.op_type == "QLinearSoftmax":
+                continue  # in 8 bits a score that is masked is but the lowest that there is
             scores = site.node.inputs[0].name if site.scores else _open(node)
             readable = scores in makers if site.scores else scores or operator_masks.reads(node)
             if readable:

@@ -46,15 +46,23 @@ def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
     return build(read(model, site))
 
 
-def read(model: ir.Model, site: graph.Site) -> Reading:
+def read(model: ir.Model, site: graph.Site, *, as_rule: bool = False) -> Reading:
     """What `site` computes. Its products are made MatMul in `model`; nothing else is changed.
 
-    Raises `Left` where no operator does that.
+    `as_rule`: so that a rewrite rule can do it, of which a branch's ends at the branch. Raises
+    `Left` where no operator does that.
     """
-    scores, context = products.as_matmul(site.scores), products.as_matmul(site.context)
-    if scores is None or context is None:
-        raise Left(f"its products are {site.scores.op_type} and {site.context.op_type}")
-    return _Reader(model, dataclasses.replace(site, scores=scores, context=context)).read()
+    if site.node.op_type == "QLinearSoftmax":
+        raise Left("it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ")
+    weights = next(value for value in site.context.inputs if value in below(site.node))
+    scores, context = products.as_matmul(site.scores), products.as_matmul(site.context, weights)
+    for product, rewritten in ((site.scores, scores), (site.context, context)):
+        if rewritten is None:
+            written = product.attributes.get_string("equation", "") or graph.name(product)
+            raise Left(f"{product.op_type} {written} is no product of two matrices")
+    reader = _Reader(model, dataclasses.replace(site, scores=scores, context=context))
+    reader.reading.as_rule = as_rule
+    return reader.read()
 
 
 class _Reader:
@@ -138,7 +146,7 @@ class _Reader:
 
     def _unscaled(self, value: ir.Value) -> ir.Value:
         """What `value` is a multiple of; the number goes into the scale."""
-        node = value.producer()
+        node = self._maker(value)
         if node is None or node.op_type not in ("Mul", "Div"):
             return value
         for side in (1, 0) if node.op_type == "Mul" else (1,):
@@ -148,6 +156,12 @@ class _Reader:
                 self.reading.above.append(node)
                 return self._unscaled(multiplied)
         return value
+
+    def _maker(self, value: ir.Value) -> ir.Node | None:
+        """What makes `value`, if it can be taken for a part of the site."""
+        node, reading = value.producer(), self.reading
+        outside = reading.as_rule and node is not None and node.graph is not reading.site.node.graph
+        return None if outside else node
 
     def _scale(self, kind: str, operand: ir.Value) -> None:
         """The scores times the number `operand`, or where `kind` is Div, by it."""
@@ -160,12 +174,13 @@ class _Reader:
         axes = rank(value)
         if axes is None:
             raise Left(f"how many axes {value.name} has is not known")
-        if (inner := forms.swapped_in_three(value)) is not None:
+        node, perm = self._maker(value), [*range(axes)]
+        inner = forms.swapped_in_three(value) if node is not None else None
+        if inner is not None:
             while value is not inner:
                 self.reading.above.append(value.producer())
                 value = value.producer().inputs[0]
             return inner
-        node, perm = value.producer(), [*range(axes)]
         if node is not None and node.op_type == "Transpose":
             perm = [*(node.attributes.get_ints("perm") or perm[::-1])]
             value = node.inputs[0]
@@ -216,7 +231,7 @@ class _Reader:
             raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
 
     def _cast(self, node: ir.Node) -> None:
-        if node.op_type not in _CASTS:
+        if not _changes_type(node):
             return
         self.reading.casts = True
         if self.reading.bias is not None:
@@ -281,7 +296,8 @@ class _Reader:
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
         zero = reading.bias or self.tape.number(0.0, dtype)
         low = self.tape.number(lowest, dtype)
-        reading.numbers[low] = other
+        if not (reading.flipped and rank(other)):
+            reading.numbers[low] = other
         choice = [zero, low] if keeps else [low, zero]
         reading.bias = self.tape.op("Where", [self._upright(condition), *choice])
 
@@ -332,7 +348,7 @@ class _Reader:
         """What `node`, which gets them as its input `position`, does to the weights."""
         reading, kind, inputs = self.reading, node.op_type, node.inputs
         if kind in _SAME:
-            reading.casts |= kind in _CASTS
+            reading.casts |= _changes_type(node)
         elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
@@ -417,6 +433,12 @@ class _Reader:
         users = [user for value in values for user in value.consumers()]
         others = (user for user in users if user not in within and user.op_type != "Shape")
         return next(map(graph.name, others), "")
+
+
+def _changes_type(node: ir.Node) -> bool:
+    """Whether it is a cast, and not one to the type that its input is known to have."""
+    given, made = node.inputs[0].dtype, node.outputs[0].dtype
+    return node.op_type in _CASTS and (given is None or given != made)
 
 
 def below(node: ir.Node) -> set[ir.Value]:

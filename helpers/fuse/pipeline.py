@@ -79,7 +79,8 @@ class Fused:
 
     def __str__(self) -> str:
         operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
-        sites = f"{self.sites} attention sites, {self.fused} fused ({operators or 'none'})"
+        sites = f"{self.sites} attention {'site' if self.sites == 1 else 'sites'}"
+        sites += f", {self.fused} fused ({operators or 'none'})"
         lines = [
             sites if self.sites else "no attention site: there was nothing to fuse",
             *(f"left: {line}" for line in self.left),

@@ -32,8 +32,10 @@ FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
     )
 }
 
-_RESHAPING = {"Concat", "Flatten", "Pad", "Reshape", "ScatterND", "Slice", "Split"}
+_RESHAPING = {"Concat", "Flatten", "Pad", "QLinearConcat", "Reshape", "ScatterND"}
+_RESHAPING |= {"Slice", "Split"}
 PRODUCTS = {"Einsum", "FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"}
+SOFTMAXES = {"BiasSoftmax", "QLinearSoftmax", "Softmax"}
 SHAPES = {"Shape", "Size"}  # what is computed from a shape alone does not come from the input
 
 
@@ -129,16 +131,22 @@ def equation(node: ir.Node) -> tuple[list[str], str]:
     return terms.split(","), result
 
 
+def _other(einsum: ir.Node, mine: int) -> ir.Value:
+    """The operand beside that at `mine`; of several, the first that is no weight."""
+    others = [value for i, value in enumerate(einsum.inputs) if i != mine]
+    return next((v for v in others if ir.convenience.get_const_tensor(v) is None), others[0])
+
+
 def _operands(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value] | None:
     """The operands of a product that bring its output's `axis`, and the other one."""
     if node.op_type == "Einsum":
         terms, result = equation(node)
-        if len(terms) != 2 or len(result) < -axis or result[axis] == ".":
+        if len(terms) < 2 or len(result) < -axis or result[axis] == ".":
             return None
         holds = [result[axis] in term for term in terms]
         if sum(holds) != 1:
             return None
-        return node.inputs[holds.index(True)], node.inputs[holds.index(False)]
+        return node.inputs[holds.index(True)], _other(node, holds.index(True))
     first, second = (node.inputs[0], node.inputs[3 if node.op_type == "QLinearMatMul" else 1])
     if stated_rank(second) == 1:  # a vector adds no axis to the output
         axis -= 1
@@ -149,14 +157,12 @@ def _contracts(node: ir.Node, value: ir.Value, axis: int) -> ir.Value | None:
     """The other operand, if the product sums over `axis` of its operand `value`; else None."""
     if node.op_type == "Einsum":
         terms, result = equation(node)
-        if len(terms) != 2:
-            return None
         mine = node.inputs.index(value)
-        if len(terms[mine]) < -axis:
+        if len(terms) < 2 or len(terms[mine]) < -axis:
             return None
-        label = terms[mine][axis]
-        summed = label in terms[1 - mine] and label not in result
-        return node.inputs[1 - mine] if summed else None
+        label, others = terms[mine][axis], [*terms[:mine], *terms[mine + 1 :]]
+        summed = any(label in term for term in others) and label not in result
+        return _other(node, mine) if summed else None
     second = 3 if node.op_type == "QLinearMatMul" else 1
     sides = {0: -1, second: -2}
     for side, flag in ((0, "transA"), (second, "transB")):
@@ -242,7 +248,7 @@ def sites(model: ir.Model) -> list[Site]:
         rank = stated_rank(softmax.inputs[0], softmax.outputs[0])
         return axis if axis < 0 else axis - rank if rank else None
 
-    softmaxes = [node for node in nodes(model) if node.op_type in ("Softmax", "BiasSoftmax")]
+    softmaxes = [node for node in nodes(model) if node.op_type in SOFTMAXES]
     if any(axis_of(node) is None for node in softmaxes):
         passes.ShapeInferencePass()(model)  # an axis counted from the front needs the rank
     from_inputs = from_input(model)

@@ -12,6 +12,7 @@ ELEMENTWISE = {
     *("Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "LeakyRelu"),
     *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
     *("Softsign", "Sqrt", "Swish"),
+    *("QLinearAdd", "QLinearLeakyRelu", "QLinearMul", "QLinearSigmoid"),
 }
 _FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 SHAPE_UP_TO = 64  # elements of a constant that may be a shape
