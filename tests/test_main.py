@@ -170,7 +170,7 @@ def test_explain_fails_with_status_1_where_a_fusion_is_wrong(tmp_path, capsys):
     [
         (("--model-type", "brat"), "model type brat: expected one of bart, bert, "),
         ((*EXPLAIN[:2], "--num-heads", "3", "--hidden-size", "8"), "multiple of the 3 heads"),
-        ((), "one of the arguments --model-type --fusion --rules is required"),
+        ((), "expected one of --model-type, --fusion, --rules and --suggest, found none"),
         (("--fusion", "none.py:A"), "none.py:A: expected FILE.py:CLASS, found no file"),
     ],
 )
