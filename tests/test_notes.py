@@ -37,7 +37,9 @@ class Decoder(Graph):
     append   where keys are appended: the "operator", a Concat before it ("outside"), one before
              products ("products"), or one whose last keys are kept ("window")
     repeat   what repeats the one head of keys and values, for two of queries; "" for none
-    gives    "last" logits or "all" of them, or "hidden" states as wide as positions are many
+    batch    how many rows: a number, or a name
+    gives    "last" logits or "all" of them, "pooled" ones, or "hidden" states that are as wide as
+             positions are many
     """
 
     def step(
@@ -49,14 +51,15 @@ class Decoder(Graph):
         repeat: str = "",
         gives: str = "last",
         length: int | str = "s",
+        batch: int | str = "b",
     ) -> None:
-        ids = self.given("ids", np.int64, "b", length)
+        ids = self.given("ids", np.int64, batch, length)
         x = self.embedded(ids)
         keep = self.kept(masked, ids)
         shared = 1 if repeat else HEADS
         q, k, v = self.split(x, "q", HEADS), self.split(x, "k", shared), self.split(x, "v", shared)
         pasts = [
-            self.given(name, np.float32, "b", shared, past, HEAD) if past != "" else ""
+            self.given(name, np.float32, batch, shared, past, HEAD) if past != "" else ""
             for name in ("past_k", "past_v")
         ]
         if append == "operator":
@@ -93,6 +96,7 @@ class Decoder(Graph):
     def appended(self, past: str, new: str, append: str) -> str:
         if not past:
             return new
+        past = self.Concat(past, axis=2) if append == "products" else past  # as TorchScript may
         appended = self.Concat(past, new, axis=2)
         return self.Slice(appended, [-5], [2**62], [2]) if append == "window" else appended
 
@@ -123,7 +127,10 @@ class Decoder(Graph):
             self.gives("hidden", x, "b", "s", WIDTH)
             self.gives("looked_up", looked_up, "b", "s", HEAD)
             return
-        x = self.Slice(x, [-1], [2**62], [1]) if gives == "last" else x
+        if gives == "last":
+            x = self.Slice(x, [-1], [2**62], [1])
+        elif gives == "pooled":
+            x = self.ReduceMax(x, [1])
         self.gives("logits", self.MatMul(x, self.weight("lm", WIDTH, WORDS)), "b", "n", WORDS)
 
 
@@ -165,6 +172,7 @@ def test_a_decoder_without_a_fault_has_no_notes(notes):
         ({"masked": "", "append": "products"}, {NO_MASK}),
         ({"masked": "position"}, {NO_MASK}),
         ({"masked": "", "past": "", "append": "products"}, {NO_MASK}),
+        ({"masked": "", "batch": 1}, set()),
         ({"masked": "ids", "past": ""}, set()),
         ({"past": 5}, {FIXED}),
         ({"past": 5, "append": "products"}, {FIXED}),
@@ -180,6 +188,7 @@ def test_a_decoder_without_a_fault_has_no_notes(notes):
         ({"gives": "all"}, {ALL_LOGITS}),
         ({"gives": "all", "past": "", "append": "products"}, {ALL_LOGITS}),
         ({"gives": "all", "length": 1}, set()),
+        ({"gives": "pooled"}, set()),
         ({"gives": "hidden"}, set()),
     ],
 )
@@ -249,12 +258,41 @@ def test_an_input_of_which_only_the_shape_is_read_is_noted(notes, read, expected
     assert all("(padding)" in line for line in lines)
 
 
+# ── Caches in other forms ───────────────────────────────────────────────────────────────────────
+
+
+def stacked(g: Graph, past: int | str) -> None:
+    """Keys and values as one, (2, B, N, P, D), in both branches of an If."""
+    x = g.embedded(g.given("ids", np.int64, "b", "s"))
+    both = g.given("past", np.float32, 2, "b", HEADS, past, HEAD)
+    new = g.Transpose(g.Reshape(x, [0, 0, HEADS, HEAD]), perm=[0, 2, 1, 3])
+
+    def step(b: Graph) -> list[str]:
+        k, v = (b.Concat(b.Gather(both, at, axis=0), new, axis=-2) for at in (0, 1))
+        present = b.Concat(b.Unsqueeze(k, [0]), b.Unsqueeze(v, [0]), axis=0)
+        return [b.scored(new, k, v), present]
+
+    y, present = g.branch(g.given("flag", bool), step, step, outputs=2)
+    g.gives("y", y, "b", HEADS, "s", HEAD)
+    g.gives("present", present, 2, "b", HEADS, "t", HEAD)
+
+
+def test_keys_and_values_as_one_and_in_branches_are_a_cache(notes):
+    assert kinds(notes(lambda g, wrong: stacked(g, "p"))) == {NO_MASK}
+    lines = notes(lambda g, wrong: stacked(g, 5))
+    assert kinds(lines) == {NO_MASK, FIXED}
+    assert "fixed length of 5 (past)" in "".join(lines)
+
+
 # ── Operators of com.microsoft ──────────────────────────────────────────────────────────────────
 
 
-def grouped(g: Graph, past: int | str, present: int | str, counted: bool = True) -> None:
-    """GroupQueryAttention, which counts the keys of each row of a mask."""
-    x = g.embedded(g.given("ids", np.int64, "b", "s"))
+def grouped(
+    g: Graph, past: int | str, present: int | str, counted: bool = True, length: int | str = ""
+) -> None:
+    """GroupQueryAttention, which counts the keys of each row of a mask. With a `length` of ids, it
+    gives logits; ONNX infers no shape behind it."""
+    x = g.embedded(g.given("ids", np.int64, "b", length or "s"))
     mask = g.given("mask", np.int64, "b", "t")
     caches = [g.given(name, np.float32, "b", HEADS, past, HEAD) for name in ("past_k", "past_v")]
     each = g.ReduceSum(mask, [1], keepdims=0) if counted else g.Shape(mask, start=1)
@@ -265,6 +303,8 @@ def grouped(g: Graph, past: int | str, present: int | str, counted: bool = True)
         **{"outputs": 3, "domain": MICROSOFT, "num_heads": HEADS, "kv_num_heads": HEADS},
     )
     g.gives("y", y, "b", "s", WIDTH)
+    if length:
+        g.gives("logits", g.MatMul(y, g.weight("lm", WIDTH, WORDS)), "b", "n", WORDS)
     for name, value in zip(("present_k", "present_v"), presents, strict=True):
         g.gives(name, value, "b", HEADS, present, HEAD)
 
@@ -273,6 +313,8 @@ def test_grouped_query_attention_counts_keys_and_may_write_in_place(notes):
     assert notes(lambda g, wrong: grouped(g, "p", "t")) == []
     assert notes(lambda g, wrong: grouped(g, 64, 64)) == []
     assert kinds(notes(lambda g, wrong: grouped(g, 64, "t"))) == {FIXED}
+    assert kinds(notes(lambda g, wrong: grouped(g, "p", "t", length="s"))) == {ALL_LOGITS}
+    assert notes(lambda g, wrong: grouped(g, "p", "t", length=1)) == []
     assert kinds(notes(lambda g, wrong: grouped(g, "p", "t", False))) == {NO_MASK, ONLY_SHAPES}
 
 
@@ -301,18 +343,23 @@ def test_multi_head_attention_has_inputs_for_the_past(notes):
     assert line.startswith(OUTSIDE)
 
 
-def repeated_flat(g: Graph, wrong: str) -> None:
-    """Heads repeated behind the length, (B, T, 1, 1, D) to (B, T, 2, D), or merged after that."""
+def repeated_flat(g: Graph, first: str) -> None:
+    """One head as two, merged to (B, T, 2·D): from (B, T, 1, D), or from (B, 1, T, D)."""
     x = g.given("x", np.float32, "b", "s", WIDTH)
-    one = g.Unsqueeze(g.Reshape(g.MatMul(x, g.weight("k", WIDTH, HEAD)), [0, 0, 1, HEAD]), [3])
-    twice = g.Reshape(g.Expand(one, [1, 1, 1, 2, 1]), [0, 0, HEADS, HEAD])
-    flat = g.Reshape(twice, [0, 0, WIDTH])
+    one = g.Reshape(g.MatMul(x, g.weight("k", WIDTH, HEAD)), [0, 0, 1, HEAD])
+    if first == "length":
+        twice = g.Reshape(g.Expand(g.Unsqueeze(one, [3]), [1, 1, 1, 2, 1]), [0, 0, HEADS, HEAD])
+        flat = g.Reshape(twice, [0, 0, WIDTH])
+    else:
+        turned = g.Unsqueeze(g.Transpose(one, perm=[0, 2, 1, 3]), [2])
+        flat = g.merged(g.Reshape(g.Expand(turned, [1, 1, 2, 1, 1]), [0, HEADS, -1, HEAD]))
     sizes = {"q_num_heads": HEADS, "kv_num_heads": HEADS}
     g.gives("y", g.Attention(x, flat, flat, **sizes), "b", "s", WIDTH)
 
 
-def test_heads_repeated_behind_the_length_are_noted(notes):
-    assert kinds(notes(repeated_flat)) == {REPEATED}
+@pytest.mark.parametrize("first", ["length", "heads"])
+def test_heads_that_are_repeated_and_then_merged_are_noted(notes, first):
+    assert kinds(notes(lambda g, wrong: repeated_flat(g, first))) == {REPEATED}
 
 
 # ── Encoders have none of what a cache brings ───────────────────────────────────────────────────
@@ -335,8 +382,16 @@ def pieces(g: Graph, wrong: str) -> None:
     g.gives("y", g.scored(image, turned, turned), 1, HEADS, 4, HEAD)
 
 
+def features(g: Graph, wrong: str) -> None:
+    """An encoder that gives keys, and no values: a map of features."""
+    x = g.embedded(g.given("ids", np.int64, "b", "s"))
+    q, k, v = (g.heads(x, name) for name in "qkv")
+    g.gives("y", g.scored(q, k, v), "b", HEADS, "s", HEAD)
+    g.gives("keys", k, "b", HEADS, "s", HEAD)
+
+
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("build", [encoder, pieces])
+@pytest.mark.parametrize("build", [encoder, pieces, features])
 def test_an_encoder_has_none_of_these_notes(build, fused, tmp_path, capsys):
     assert inspected(save(tmp_path / "a.onnx", build, fused=fused), capsys) == []
 

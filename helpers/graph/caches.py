@@ -61,12 +61,11 @@ class Cache:
 
 def caches(model: ir.Model, sites: Sequence[Site]) -> list[Cache]:
     """The caches that `model` is given, in the order of its inputs; `sites` are its own."""
-    given = {value: None for value in model.graph.inputs if not value.is_initializer()}
+    by_input: dict[ir.Value, Cache] = {}
     for site in sites:
         for cache in (*_of_operator(site), *_of_concat(site)):
-            if given.get(cache.given, cache) is None:
-                given[cache.given] = cache
-    return [cache for cache in given.values() if cache is not None]
+            by_input.setdefault(cache.given, cache)
+    return [by_input[value] for value in model.graph.inputs if value in by_input]
 
 
 def presents(sites: Sequence[Site]) -> list[ir.Value]:
@@ -156,7 +155,7 @@ def _given_out(values: Iterable[ir.Value]) -> list[ir.Value]:
         given_out += [
             result
             for result in (value, *further)
-            if result.is_graph_output() and (rank(result) or 4) > 3
+            if result.is_graph_output() and (stated_rank(result) or 4) > 3
         ]
     return given_out
 
@@ -195,7 +194,7 @@ def _of_concat(site: Site) -> Iterator[Cache]:
         origins = [_origin(operand, axis) for operand in node.inputs]
         givens = {given for given, _ in origins}
         for given, there in origins if len(givens) > 1 else ():
-            if given is not None and (rank(given) or 0) > 2:
+            if given is not None and (stated_rank(given) or 0) > 2:
                 yield Cache(given, there, node, node.outputs[0], site)
 
 
@@ -205,7 +204,8 @@ def _origin(value: ir.Value, axis: int) -> tuple[ir.Value | None, int]:
     while (node := value.producer()) is not None:
         first = node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
         before = axis if first else through(node, axis, forward=False)
-        if node.op_type not in _MOVING | {"DequantizeLinear"} or before is None:
+        alone = node.op_type == "Concat" and len(node.inputs) == 1  # TorchScript's first layer
+        if before is None or not (alone or node.op_type in _MOVING | {"DequantizeLinear"}):
             return None, axis
         value, axis = node.inputs[0], before
     return (value if value.is_graph_input() and not value.is_initializer() else None), axis

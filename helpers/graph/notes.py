@@ -156,7 +156,7 @@ def _all_logits(model: ir.Model) -> Iterator[str]:
     costly = [
         output.name
         for output in model.graph.outputs
-        if rank(output) == 3
+        if stated_rank(output) == 3
         and size(output, -1) in vocabularies
         and size(output, -2) != 1
         and not _picked(output, dependent)
@@ -178,9 +178,16 @@ def _vocabularies(model: ir.Model, dependent: set[ir.Value]) -> set[int | None]:
     rows: set[int | None] = set()
     widths: set[int | None] = {None}
     for node in nodes(model):
-        tables = [value for value in node.inputs if rank(value) == 2 and value not in dependent]
+        tables = [
+            value for value in node.inputs if value not in dependent and stated_rank(value) == 2
+        ]
         for at, value in enumerate(node.inputs if node.op_type != "RotaryEmbedding" else ()):
-            if tables and value in dependent and (rank(value) or 2) > 1 and size(value, -1) != 1:
+            if (
+                tables
+                and value in dependent
+                and (stated_rank(value) or 2) > 1
+                and size(value, -1) != 1
+            ):
                 lookups = {*looked_up(node, at)}
                 rows |= lookups
                 widths |= {size(table, -1) for table in tables} if lookups else set()
