@@ -2,11 +2,23 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graphs import ATTENTION, write
 
 from helpers import files, graph
-from helpers.graph import block, counts, cut_out, find, load, module, neighbours, origin, sites
+from helpers.graph import (
+    block,
+    counts,
+    cut_out,
+    find,
+    load,
+    module,
+    neighbours,
+    origin,
+    sites,
+    values,
+)
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
 
@@ -229,3 +241,14 @@ def test_layer_of_a_node_that_an_optimizer_made(tmp_path):
     model = load(write(tmp_path / "a.onnx", text))
     find(model, "y").name = "/encoder/layers.0/attention/out_proj/MatMul"
     assert [site.layer for site in graph.sites(model)] == ["encoder.layers.0.attention"]
+
+
+def test_a_rank_is_found_at_once_behind_many_values_of_unknown_shape():
+    """Each Add reads the one before twice: there are 2³⁰⁰ ways up."""
+    end = start = ir.Value(name="x", shape=ir.Shape([1, "n", 8]))
+    for _ in range(300):
+        end = ir.node("Add", [end, end]).outputs[0]
+    assert values.rank(end) == 3
+    unknown = ir.node("Add", [end, ir.Value(name="y")]).outputs[0]
+    assert values.rank(unknown) is None
+    assert values.rank(start) == 3

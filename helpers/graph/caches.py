@@ -124,11 +124,10 @@ def _repeated(value: ir.Value, axis: int) -> ir.Node | None:
     """What made `value`, of five axes, if it repeats one of 1 that a Reshape then merges into the
     heads at `axis`."""
     node, axis = value.producer(), min(axis, -2)
-    once = node.inputs[0] if node is not None and node.inputs else None
-    if node is None or rank(once) not in (5, None) or dim(value, axis) == 1:
+    if node is None or node.op_type not in ("Concat", "Expand", "Tile"):
         return None
-    same = node.op_type == "Concat" and len(node.inputs) > 1 and len({*node.inputs}) == 1
-    if not same and node.op_type not in ("Expand", "Tile"):
+    once, again = node.inputs[0], node.inputs[1:] if node.op_type == "Concat" else ()
+    if {*again} - {once} or rank(once) not in (5, None) or dim(value, axis) == 1:
         return None
     adding = once.producer()
     if adding is not None and adding.op_type == "Unsqueeze":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from helpers.graph import walks
 from helpers.graph.reading import MICROSOFT
 
 # Operators that leave each score, or each weight, at its place on the last axes.
@@ -103,21 +104,35 @@ def stated_rank(*values: ir.Value | None) -> int | None:
 
 def rank(value: ir.Value | None) -> int | None:
     """The number of axes, from the value's shape or from what makes it; None where not known."""
-    if value is None:
-        return None
-    if value.shape is not None:
-        return len(value.shape)
+    ranks = []
+    for source in walks.walk([] if value is None else [value], _broadcast):
+        if not _broadcast(source):
+            own = _own_rank(source)
+            if own is None:
+                return None
+            ranks.append(own)
+    return max(ranks, default=None)
+
+
+def _broadcast(value: ir.Value) -> list[ir.Value]:
+    """Those of whose ranks the largest is that of `value`; none where it tells its own."""
     node = value.producer()
-    if node is None:
-        return None
+    spreads = node is not None and (node.op_type in ELEMENTWISE or node.op_type == "MatMul")
+    if value.shape is not None or not spreads:
+        return []
+    return [operand for operand in node.inputs if operand is not None]
+
+
+def _own_rank(value: ir.Value) -> int | None:
+    """The rank that a shape, a Transpose or a Reshape tells."""
+    node = value.producer()
+    if value.shape is not None or node is None:
+        return stated_rank(value)
     if node.op_type == "Transpose" and node.attributes.get_ints("perm"):
         return len(node.attributes.get_ints("perm"))
     if node.op_type == "Reshape":
         wanted = node.inputs[1].shape
         return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
-    if node.op_type in ELEMENTWISE or node.op_type == "MatMul":
-        ranks = [rank(operand) for operand in node.inputs if operand is not None]
-        return None if None in ranks else max(ranks, default=None)
     return None
 
 
