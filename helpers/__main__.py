@@ -26,11 +26,10 @@ def _positive(text: str) -> float:
 
 def _inspect(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import graph
-    from helpers.graph import repairs
 
     notes: list[str] = []
     model = graph.load(files.check(arguments.model, notes=notes), weights=False)
-    notes += [*graph.notes(model), *repairs.notes(model)]
+    notes += graph.notes(model)
     sites, operators = graph.sites(model), graph.counts(model)
     answer = {
         "opset": dict(model.opset_imports),

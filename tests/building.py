@@ -163,9 +163,11 @@ class Graph:
 Build = Callable[[Graph, str], None]  # of a graph, and of what is wrong in it, if anything is
 
 
-def save(path: Path, build: Build, wrong: str = "", *, fused: bool = False) -> Path:
-    """Write what `build` makes to `path`."""
-    g = Graph(fused)
+def save(
+    path: Path, build: Build, wrong: str = "", *, fused: bool = False, kind: type[Graph] = Graph
+) -> Path:
+    """Write what `build` makes, of a graph of `kind`, to `path`."""
+    g = kind(fused)
     build(g, wrong)
     made = helper.make_graph(g.nodes, "g", g.inputs, g.outputs, [*g.constants.values()])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]

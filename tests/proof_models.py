@@ -143,7 +143,7 @@ def _cache_names(kind: str) -> list[str]:
     return [f"{kind}.{layer}.{what}" for layer in range(2) for what in ("key", "value")]
 
 
-def _export_cached(model: torch.nn.Module, path: Path, route: str, *, past: bool) -> None:
+def export_cached(model: torch.nn.Module, path: Path, route: str, *, past: bool) -> None:
     """With `past` it takes a cache, as after the first step; without, none (as in the first)."""
     names = _cache_names("past_key_values") if past else []
     tokens, total = (3, 8) if past else (8, 8)
@@ -226,7 +226,7 @@ def exported(study: Study, folder: Path, name: str, route: str) -> list[Path]:
             if not path.exists():
                 model = study.small.make(study.attention)
                 _spread(model)
-                _export_cached(model, path, route, past=past)
+                export_cached(model, path, route, past=past)
                 _repair(path)
         return paths[: 1 + study.merged]
 

@@ -496,7 +496,7 @@ def test_rotary_caches_of_one_row_are_repaired(tmp_path):
     np.savez(tmp_path / "feeds.npz", **arrays)
     model = graph.load(path, weights=False)
     assert repairs.needed(model) == ["r", "t"]
-    assert "with a batch of 1 alone: RotaryEmbedding r and 1 more" in repairs.notes(model)[0]
+    assert "with a batch of 1 alone: RotaryEmbedding r and 1 more" in graph.notes(model)[0]
     done = fuse.fuse(path, tmp_path / "out.onnx", inputs=tmp_path / "feeds.npz")
     assert done.held
     assert len(done.repaired) == 2
@@ -510,7 +510,7 @@ def test_masks_of_one_row_are_repaired(tmp_path):
     onnx.save(onnx.parser.parse_model(MASKED), path)
     model = graph.load(path, weights=False)
     assert repairs.needed(model) == ["y"]
-    assert "on no input with more than one query: Attention y has" in repairs.notes(model)[0]
+    assert "on no input with more than one query: Attention y has" in graph.notes(model)[0]
     assert graph.counts(model) == {"Attention": 1}  # left as it is
     done = fuse.fuse(path, tmp_path / "out.onnx")
     assert done.held

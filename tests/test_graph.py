@@ -2,11 +2,23 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graphs import ATTENTION, write
 
 from helpers import files, fuse, graph
-from helpers.graph import block, counts, cut_out, find, load, module, neighbours, origin, sites
+from helpers.graph import (
+    block,
+    counts,
+    cut_out,
+    find,
+    load,
+    module,
+    neighbours,
+    origin,
+    sites,
+    values,
+)
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
 
@@ -258,3 +270,14 @@ def test_attention_in_qoperator_form(tmp_path):
     assert done.left == [
         "softmax: it is in QOperator form: fuse before quantising, or use QuantFormat.QDQ"
     ]
+
+
+def test_a_rank_is_found_at_once_behind_many_values_of_unknown_shape():
+    """Each Add reads the one before twice: there are 2³⁰⁰ ways up."""
+    end = start = ir.Value(name="x", shape=ir.Shape([1, "n", 8]))
+    for _ in range(300):
+        end = ir.node("Add", [end, end]).outputs[0]
+    assert values.rank(end) == 3
+    unknown = ir.node("Add", [end, ir.Value(name="y")]).outputs[0]
+    assert values.rank(unknown) is None
+    assert values.rank(start) == 3

@@ -1,9 +1,10 @@
 """`explain.suggest`: rules made from a graph fuse it, unedited, however attention is written."""
 
 import ast
+import importlib.util
 import json
-import shutil
 import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -21,6 +22,10 @@ from helpers.quiet import quiet
 
 # What is between the products, beside the ways of `test_fuse`.
 MORE = {
+    "a mask that chooses, in half precision": {
+        "before": """sa = Mul (s0, half) sh = Cast <to = 10> (sa) nh = Cast <to = 10> (none)
+        sm = Where (keys, sh, nh) s = Cast <to = 1> (sm)"""
+    },
     "dropout": {"after": "w, dropped = Dropout (p)"},
     "repeated keys of a group": {
         "scores": """kh = MatMul (given, narrow) k1 = Unsqueeze (kh, at1)
@@ -98,8 +103,18 @@ def check(path, sites=1, forms=1):
 def assert_formatted(text):
     compile(text, "suggested", "exec")
     assert max(map(len, text.splitlines())) <= 100
-    if ruff := shutil.which("ruff"):
-        command = [ruff, "format", "--check", "--isolated", "--line-length", "100", "-"]
+    if importlib.util.find_spec("ruff"):
+        command = [
+            sys.executable,
+            "-m",
+            "ruff",
+            "format",
+            "--check",
+            "--isolated",
+            "--line-length",
+            "100",
+            "-",
+        ]
         done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
         assert done.returncode == 0, text
 

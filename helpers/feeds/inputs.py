@@ -12,7 +12,7 @@ floats     none of these: normal numbers
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,44 +22,16 @@ from onnx_ir.passes import common as passes
 
 from helpers import files, graph
 from helpers.graph import walks
-from helpers.graph.values import finite_number
+from helpers.graph.caches import PASTS
+from helpers.graph.masks import SEQLENS, rotates, score_paths
+from helpers.graph.values import COMPARING, LOGICAL, SHAPING, finite_number, looked_up
 
-# What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
-_TABLES = {
-    "Gather": [(1, 0, "axis")],
-    "GatherElements": [(1, 0, "axis")],
-    "GatherBlockQuantized": [(1, 0, "gather_axis")],
-    "EmbedLayerNormalization": [(0, 2, None), (1, 4, None), (8, 3, None)],
-    "QEmbedLayerNormalization": [(0, 2, None), (1, 4, None)],
-}
-# Operators whose input of that number is a mask by the operator's own definition.
-MASK_INPUTS = {
-    ("", "Attention"): (3,),
-    (graph.MICROSOFT, "Attention"): (3, 5),
-    (graph.MICROSOFT, "MultiHeadAttention"): (4, 5),
-    (graph.MICROSOFT, "DecoderMaskedMultiHeadAttention"): (3, 4),
-    (graph.MICROSOFT, "EmbedLayerNormalization"): (7,),
-    (graph.MICROSOFT, "QEmbedLayerNormalization"): (7,),
-    (graph.MICROSOFT, "GroupQueryAttention"): (10,),
-}
-_PASTS = {  # and whose inputs of that number are caches that grow
-    ("", "Attention"): (4, 5),
-    (graph.MICROSOFT, "Attention"): (4,),
-    (graph.MICROSOFT, "MultiHeadAttention"): (6, 7),
-    (graph.MICROSOFT, "GroupQueryAttention"): (3, 4),
-}
-_SEQLENS, _TOTAL = 5, 6  # inputs of GroupQueryAttention: index of the last key, and how many
-_SHAPING = {
-    *("Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity"),
-    *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
-}
-_KEEPING_IDS = _SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
+_TOTAL = 6  # input of GroupQueryAttention: how many positions there are
+_KEEPING_IDS = SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
 _SCALING = {"Add", "Mul", "Sub"}
-_ROTATING = _SHAPING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
-_COMPARING = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
-_LOGICAL = _COMPARING | {"And", "Not", "Or", "Xor"}
-_ELEMENTWISE = graph.ELEMENTWISE | _LOGICAL
+_ELEMENTWISE = graph.ELEMENTWISE | LOGICAL
 _REDUCING = {"ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum"}
+_THROUGH = SHAPING | _ELEMENTWISE | _REDUCING
 
 
 @dataclasses.dataclass
@@ -148,7 +120,7 @@ def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input
     for entry in entries:
         if not entry.is_float and entry.dtype.kind != "b":
             entry.special = _compared(values[entry.name])
-    paths = _score_paths(sites)
+    paths = score_paths(sites)
     for entry in entries:
         entry.role = _role(entry, values[entry.name], paths)
     if any(entry.indexes for entry in entries):  # what it indexes may be a table of unknown shape
@@ -186,32 +158,32 @@ def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) 
     if entry.indexes and len(entry.dims) == 1:  # the last row of each sample, by its length
         entry.indexes = False
         return "lengths"
-    sinks = [*_sinks(value)]
+    sinks = [*walks.uses(value, _THROUGH)]
     small = all(dim == 1 for dim in entry.dims)
     if small and any(node.op_type == "If" for node, _ in sinks):
         return "flag"
     grouped = {at for node, at in sinks if node.op_type == "GroupQueryAttention"}
     if entry.is_float:
         masks = len(entry.dims) > 1 and any(
-            (node, at) in score_paths for node, at in _sinks(value, _SHAPING | _ELEMENTWISE)
+            (node, at) in score_paths for node, at in walks.uses(value, SHAPING | _ELEMENTWISE)
         )
         width = entry.dims[-1] if len(entry.dims) == 3 else None
         hidden = isinstance(width, int) and width != entry.dims[1]  # states (batch, length, width)
         named = "mask" in entry.name and 1 < len(entry.dims) < 4 and not hidden
         return "mask" if masks or named else "floats"
     if len(entry.dims) < 2 or small:
-        if grouped & {_SEQLENS, _TOTAL}:
-            return "last" if _SEQLENS in grouped and entry.dims else "total"
+        if grouped & {SEQLENS, _TOTAL}:
+            return "last" if SEQLENS in grouped and entry.dims else "total"
         if entry.dtype.kind == "b":
             return "flag" if small else "integers"
-        if _rotates(value):
+        if rotates(value):
             return "positions"
         return "amount" if small else "lengths"
-    if _rotates(value):
+    if rotates(value):
         return "positions"
-    entry.counted = _SEQLENS in grouped
+    entry.counted = SEQLENS in grouped
     one_a_sample = len(entry.dims) == 2 and entry.dims[1] == 1
-    if one_a_sample and any(node.op_type in _COMPARING for node, _ in sinks):
+    if one_a_sample and any(node.op_type in COMPARING for node, _ in sinks):
         return "lengths"
     return "mask"
 
@@ -236,7 +208,7 @@ def _lookups(origin: ir.Value, entry: Input) -> None:
     while queue:
         value, scaled = queue.pop()
         for node, position in value.uses():
-            rows = [*_looked_up(node, position)] if scaled.whole else []
+            rows = [*looked_up(node, position)] if scaled.whole else []
             for count in rows:
                 _bound(entry, scaled, count)
             kept = node.op_type in _KEEPING_IDS | _SCALING
@@ -282,53 +254,11 @@ def _scaled_by(node: ir.Node, position: int, scaled: _Scaled, entry: Input) -> _
     return scaled._replace(offset=scaled.offset + (number if kind == "Add" else -number))
 
 
-def _looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
-    """How many rows the tables have that `node` looks up by its input `at`; None: not known."""
-    for ids, table, axis in _TABLES.get(node.op_type, ()):
-        if ids != at or len(node.inputs) <= table or node.inputs[table] is None:
-            continue
-        shape = node.inputs[table].shape
-        which = node.attributes.get_int(axis, 0) if axis else 0
-        stated = shape is not None and isinstance(shape[which], int)
-        yield shape[which] if stated else None
-    if node.op_type == "GatherND" and at == 1:
-        shape, last = node.inputs[0].shape, node.inputs[1].shape
-        first = node.attributes.get_int("batch_dims", 0)
-        if shape is None or last is None or not isinstance(last[-1], int):
-            yield None
-        else:
-            yield from (
-                size if isinstance(size, int) else None for size in shape[first : first + last[-1]]
-            )
-    if node.op_type == "OneHot" and at == 0:
-        depth = finite_number(node.inputs[1])
-        yield None if depth is None else int(depth)
-    if node.op_type == "RotaryEmbedding":
-        table = {("", 3): 1, (graph.MICROSOFT, 1): 2}.get((node.domain, at))
-        if table is not None:
-            shape = node.inputs[table].shape
-            yield shape[0] if shape is not None and isinstance(shape[0], int) else None
-
-
-_THROUGH = _SHAPING | _ELEMENTWISE | _REDUCING
-
-
-def _sinks(origin: ir.Value, through: set[str] = _THROUGH) -> Iterator[tuple[ir.Node, int]]:
-    """Every use of what is made of `origin` by the operators `through` alone: node and input."""
-
-    def following(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
-        node, _ = use
-        passed_on = node.outputs if node.op_type in through else ()
-        return [further for value in passed_on for further in value.uses()]
-
-    return walks.walk(origin.uses(), following)
-
-
 def _compared(value: ir.Value) -> tuple[int, ...]:
     """The numbers that an input of integers is compared with, or those next to them."""
     numbers: set[int] = set()
-    for node, at in _sinks(value, _SHAPING):
-        bound = finite_number(node.inputs[1 - at]) if node.op_type in _COMPARING else None
+    for node, at in walks.uses(value, SHAPING):
+        bound = finite_number(node.inputs[1 - at]) if node.op_type in COMPARING else None
         if bound is not None:
             above = {"Greater": 1, "Less": -1}.get(node.op_type, 0) * (1 if at == 0 else -1)
             numbers.add(int(bound) + above)
@@ -338,8 +268,8 @@ def _compared(value: ir.Value) -> tuple[int, ...]:
 def _grows(cache: ir.Value) -> bool:
     """Whether new keys or values are appended to a cache: by Concat, or by an operator."""
     return any(
-        node.op_type == "Concat" or at in _PASTS.get((node.domain, node.op_type), ())
-        for node, at in _sinks(cache, _SHAPING - {"Concat"})
+        node.op_type == "Concat" or at in PASTS.get((node.domain, node.op_type), ())
+        for node, at in walks.uses(cache, SHAPING - {"Concat"})
     )
 
 
@@ -350,49 +280,8 @@ def flag_values(model: ir.Model, entry: Input) -> list[int]:
         return [0, 1]
     compared = {
         int(number) + more
-        for node, at in _sinks(value)
-        if node.op_type in _COMPARING and (number := finite_number(node.inputs[1 - at])) is not None
+        for node, at in walks.uses(value, _THROUGH)
+        if node.op_type in COMPARING and (number := finite_number(node.inputs[1 - at])) is not None
         for more in (-1, 0, 1)
     }
     return sorted({0, 1} | compared)[:8]
-
-
-def _rotates(value: ir.Value) -> bool:
-    """Whether the angles of rotary embeddings are made of an input: it holds positions."""
-    return any(
-        node.op_type in ("Cos", "RotaryEmbedding", "Sin") for node, _ in _sinks(value, _ROTATING)
-    )
-
-
-def _score_paths(sites: Sequence[graph.Site]) -> set[tuple[ir.Node, int]]:
-    """Where something meets the scores of an attention site, or its weights, beside them: node, and
-    input.
-
-    That is between the product of queries with keys and the Softmax, between that and the product
-    with the values, or at an operator's own mask.
-    """
-    meetings = set()
-    for site in sites:
-        masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
-        meetings |= {(site.node, position) for position in masks}
-        for start in (site.scores, site.node) if site.scores is not None else ():
-            meetings |= {*_beside(start, site.node)}
-    return meetings
-
-
-def _beside(start: ir.Node, softmax: ir.Node) -> Iterator[tuple[ir.Node, int]]:
-    """Where something else meets what `start` gives, on the way to `softmax` or a product."""
-
-    def following(node: ir.Node) -> list[ir.Node]:
-        return [
-            user
-            for user in walks.consumers(node)
-            if user is not softmax and user.op_type in _SHAPING | _ELEMENTWISE
-        ]
-
-    below = [*walks.walk([start], following)]
-    computed = {value for node in below for value in node.outputs}
-    for node in below[1:]:
-        for position, value in enumerate(node.inputs):
-            if value not in computed:
-                yield node, position

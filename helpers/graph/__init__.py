@@ -9,6 +9,7 @@ from helpers.graph.attention_sites import (
     through,
 )
 from helpers.graph.cutting import block, cut_out
+from helpers.graph.notes import notes
 from helpers.graph.reading import (
     LEFT_OUT_ABOVE,
     MICROSOFT,
@@ -22,7 +23,6 @@ from helpers.graph.reading import (
     name,
     names_in,
     nodes,
-    notes,
     operator,
     origin,
     without_weights,

@@ -72,17 +72,7 @@ def from_input(model: ir.Model) -> set[ir.Value]:
 
     def visit(graph: ir.Graph) -> None:
         for node in graph:
-            inner = [
-                inside
-                for attribute in node.attributes.values()
-                for inside in (
-                    [attribute.as_graph()]
-                    if attribute.type == ir.AttributeType.GRAPH
-                    else attribute.as_graphs()
-                    if attribute.type == ir.AttributeType.GRAPHS
-                    else []
-                )
-            ]
+            inner = walks.inner_graphs(node)
             for inside in inner:
                 dependent.update(inside.inputs)  # what a Loop or Scan carries
                 visit(inside)

@@ -18,8 +18,6 @@ LEFT_OUT_ABOVE = (
 
 _LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Runtime imports
 
-_QUANTISED = re.compile(r"[Qq]uantize|QLinear|Integer$|NBits|(^|\.)Q[A-Z]")
-
 _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 
 STANDARD = ("", "ai.onnx")
@@ -156,25 +154,6 @@ def counts(model: ir.Model, *, domains: bool = True) -> dict[str, int]:
     not ONNX's own, or without, as ONNX Runtime's profile has them."""
     counted = Counter(operator(node) if domains else node.op_type for node in nodes(model))
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
-
-
-def notes(model: ir.Model) -> list[str]:
-    """What a reader should know of the types that `model` computes in, a line each."""
-    types = Counter(
-        value.dtype
-        for inside in model.graphs()
-        for value in (*inside.inputs, *inside.initializers.values(), *inside.outputs)
-        if value.dtype is not None
-    )
-    lines = []
-    if types[ir.DataType.BFLOAT16]:
-        lines.append("computes in bfloat16, for which ONNX Runtime has few kernels on the CPU")
-    counted = counts(model)
-    quantised = {name: n for name, n in counted.items() if _QUANTISED.search(name)}
-    if quantised:
-        listed = ", ".join(f"{n} {name}" for name, n in quantised.items())
-        lines.append(f"quantised: {listed}")
-    return lines
 
 
 def module(node: ir.Node) -> str | None:

@@ -46,13 +46,13 @@ def repair(model: ir.Model) -> Repaired:
 
 def needed(model: ir.Model) -> list[str]:
     """The names of the nodes that `repair` would repair. `model` is left as it is."""
-    model = _inferred(model)
+    model = inferred(model)
     return [name(node) for node in (*_of_one_row(model), *_of_one_batch(model))]
 
 
 def notes(model: ir.Model) -> list[str]:
-    """What `needed` finds in `model`, as lines for a reader. `model` is left as it is."""
-    model, lines = _inferred(model), []
+    """What `needed` finds in `model`, whose shapes are inferred, as lines for a reader."""
+    lines = []
     if refused := _of_one_row(model):
         lines.append(
             f"ONNX Runtime runs it on no input with more than one query: {_named(refused)} a mask"
@@ -66,7 +66,7 @@ def notes(model: ir.Model) -> list[str]:
     return lines
 
 
-def _inferred(model: ir.Model) -> ir.Model:
+def inferred(model: ir.Model) -> ir.Model:
     """A copy of `model` with its shapes inferred."""
     return passes.ShapeInferencePass()(model.clone()).model
 

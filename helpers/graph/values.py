@@ -1,9 +1,13 @@
 """What is known of a value without running the graph: constants, ranks, sizes of axes."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+
+from helpers.graph import walks
+from helpers.graph.reading import MICROSOFT
 
 # Operators that leave each score, or each weight, at its place on the last axes.
 ELEMENTWISE = {
@@ -13,6 +17,21 @@ ELEMENTWISE = {
     *("Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus"),
     *("Softsign", "Sqrt", "Swish"),
     *("QLinearAdd", "QLinearLeakyRelu", "QLinearMul", "QLinearSigmoid"),
+}
+# Operators that move, repeat or pick what they are given, and change no number.
+SHAPING = {
+    *("Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity"),
+    *("Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+COMPARING = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+LOGICAL = COMPARING | {"And", "Not", "Or", "Xor"}
+# What a table looked up by `ids` is, and where the ids come in: operator → [(ids, table, axis)].
+_TABLES = {
+    "Gather": [(1, 0, "axis")],
+    "GatherElements": [(1, 0, "axis")],
+    "GatherBlockQuantized": [(1, 0, "gather_axis")],
+    "EmbedLayerNormalization": [(0, 2, None), (1, 4, None), (8, 3, None)],
+    "QEmbedLayerNormalization": [(0, 2, None), (1, 4, None)],
 }
 _FILLED = {"Cast", "CastLike", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 SHAPE_UP_TO = 64  # elements of a constant that may be a shape
@@ -86,21 +105,35 @@ def stated_rank(*values: ir.Value | None) -> int | None:
 
 def rank(value: ir.Value | None) -> int | None:
     """The number of axes, from the value's shape or from what makes it; None where not known."""
-    if value is None:
-        return None
-    if value.shape is not None:
-        return len(value.shape)
+    ranks = []
+    for source in walks.walk([] if value is None else [value], _broadcast):
+        if not _broadcast(source):
+            own = _own_rank(source)
+            if own is None:
+                return None
+            ranks.append(own)
+    return max(ranks, default=None)
+
+
+def _broadcast(value: ir.Value) -> list[ir.Value]:
+    """Those of whose ranks the largest is that of `value`; none where it tells its own."""
     node = value.producer()
-    if node is None:
-        return None
+    spreads = node is not None and (node.op_type in ELEMENTWISE or node.op_type == "MatMul")
+    if value.shape is not None or not spreads:
+        return []
+    return [operand for operand in node.inputs if operand is not None]
+
+
+def _own_rank(value: ir.Value) -> int | None:
+    """The rank that a shape, a Transpose or a Reshape tells."""
+    node = value.producer()
+    if value.shape is not None or node is None:
+        return stated_rank(value)
     if node.op_type == "Transpose" and node.attributes.get_ints("perm"):
         return len(node.attributes.get_ints("perm"))
     if node.op_type == "Reshape":
         wanted = node.inputs[1].shape
         return wanted[0] if wanted is not None and isinstance(wanted[0], int) else None
-    if node.op_type in ELEMENTWISE or node.op_type == "MatMul":
-        ranks = [rank(operand) for operand in node.inputs if operand is not None]
-        return None if None in ranks else max(ranks, default=None)
     return None
 
 
@@ -115,6 +148,12 @@ def dim(value: ir.Value, axis: int) -> int | str | None:
         return 1
     size = value.shape[axis]
     return size if isinstance(size, int) else size.value
+
+
+def size(value: ir.Value, axis: int) -> int | None:
+    """The size of an axis counted from the end, if it is a number; exporters write "2" as well."""
+    stated = dim(value, axis)
+    return int(stated) if stated is not None and str(stated).isdecimal() else None
 
 
 def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
@@ -132,6 +171,34 @@ def sized_by(value: ir.Value) -> tuple[ir.Value, int] | None:
     if shape is None or shape.op_type != "Shape" or axis is None or len(shape.attributes):
         return None
     return (shape.inputs[0], int(axis)) if axis >= 0 else None
+
+
+def looked_up(node: ir.Node, at: int) -> Iterator[int | None]:
+    """How many rows the tables have that `node` looks up by its input `at`; None: not known."""
+    for ids, table, axis in _TABLES.get(node.op_type, ()):
+        if ids != at or len(node.inputs) <= table or node.inputs[table] is None:
+            continue
+        shape = node.inputs[table].shape
+        which = node.attributes.get_int(axis, 0) if axis else 0
+        stated = shape is not None and isinstance(shape[which], int)
+        yield shape[which] if stated else None
+    if node.op_type == "GatherND" and at == 1:
+        shape, last = node.inputs[0].shape, node.inputs[1].shape
+        first = node.attributes.get_int("batch_dims", 0)
+        if shape is None or last is None or not isinstance(last[-1], int):
+            yield None
+        else:
+            yield from (
+                size if isinstance(size, int) else None for size in shape[first : first + last[-1]]
+            )
+    if node.op_type == "OneHot" and at == 0:
+        depth = finite_number(node.inputs[1])
+        yield None if depth is None else int(depth)
+    if node.op_type == "RotaryEmbedding":
+        table = {("", 3): 1, (MICROSOFT, 1): 2}.get((node.domain, at))
+        if table is not None:
+            shape = node.inputs[table].shape
+            yield shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
 def tail(value: ir.Value) -> tuple[int | str | None, int | str | None]:

@@ -23,6 +23,26 @@ def consumers(node: ir.Node) -> list[ir.Node]:
     return list(node.successors())
 
 
+def inner_graphs(node: ir.Node) -> list[ir.Graph]:
+    """The branches or the body of an If, Loop or Scan; none of any other node."""
+    graphs = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs += attribute.as_graphs()
+    return graphs
+
+
+def read(value: ir.Value) -> list[ir.Value]:
+    """What `value` is computed from: inputs of its node, and results of that one's branches."""
+    node = value.producer()
+    if node is None:
+        return []
+    results = [result for inside in inner_graphs(node) for result in inside.outputs]
+    return [*results, *(operand for operand in node.inputs if operand is not None)]
+
+
 def walk(
     starts: Iterable[Place],
     step: Step[Place],
@@ -62,6 +82,17 @@ def downstream(
 def between(first: ir.Node, last: ir.Node) -> set[ir.Node]:
     """The nodes on all ways along the arrows from `first` to `last`, these two included."""
     return {*downstream(first)} & {*upstream(last)}
+
+
+def uses(origin: ir.Value, through: Collection[str]) -> Iterator[tuple[ir.Node, int]]:
+    """Every use of what is made of `origin` by the operators `through` alone: node and input."""
+
+    def following(use: tuple[ir.Node, int]) -> list[tuple[ir.Node, int]]:
+        node, _ = use
+        passed_on = node.outputs if node.op_type in through else ()
+        return [further for value in passed_on for further in value.uses()]
+
+    return walk(origin.uses(), following)
 
 
 def shortest(start: ir.Node, goals: Collection[ir.Node], step: Step[ir.Node]) -> list[ir.Node]:
