@@ -32,6 +32,12 @@ class Step:
     inner: list[Step] = field(default_factory=list)
 
 
+def is_generator(code: CodeType) -> bool:
+    """Whether calls of a function cannot be followed, since it is left and entered again, or
+    closed, at any time."""
+    return bool(code.co_flags & inspect.CO_GENERATOR)
+
+
 def file_of(code: CodeType) -> str:
     """The name of the file that a function is in."""
     return "notebook cell" if "ipykernel" in code.co_filename else PurePath(code.co_filename).name

@@ -23,7 +23,7 @@ import onnx
 from helpers import graph
 from helpers.explain import method_watch, shape_inference
 from helpers.explain import onnxruntime_parts as parts
-from helpers.explain.calls import Step
+from helpers.explain.calls import Step, is_generator
 from helpers.explain.moment import Goal, Moment
 from helpers.explain.reasons import Attempt, Node, Reason
 
@@ -190,7 +190,7 @@ class FusionWatch:
             return self._fuse_called(frame)
         if code not in self._followers:
             inner = code.co_filename in self._files or parts.is_of_fusions(code)
-            named = not code.co_name.startswith("<")
+            named = not code.co_name.startswith("<") and not is_generator(code)
             self._followers[code] = self._inner_called if inner and named else None
         follower = self._followers[code]
         return follower(frame) if follower else None

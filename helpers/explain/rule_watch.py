@@ -23,7 +23,7 @@ from onnxscript.rewriter import pattern
 
 from helpers import graph
 from helpers.explain import onnxscript_parts as parts
-from helpers.explain.calls import Step
+from helpers.explain.calls import Step, is_generator
 from helpers.graph import walks
 
 # What a node is to a site; a try counts for a site by the highest of its nodes.
@@ -245,7 +245,7 @@ class RuleWatch:
     def _called(self, frame: FrameType, _event: str, _: Any) -> Callable | None:
         """Follow the code that the library calls for a rule, and what that calls."""
         caller = frame.f_back
-        if parts.is_internal(frame):
+        if parts.is_internal(frame) or is_generator(frame.f_code):
             return None
         if self._open:
             if caller is not self._open[-1][0]:
