@@ -478,7 +478,8 @@ def test_a_check_that_leaves_a_generator(tmp_path):
                 yield 1
                 yield 2
 
-            assert next(numbers()) == 1
+            for _ in numbers():
+                break
             return pattern.MatchResult().fail("never")
 
         def rewrite(self, op, scores, value):
