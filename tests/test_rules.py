@@ -467,7 +467,7 @@ def test_site_that_other_passes_took_away(tmp_path):
 
 
 def test_a_check_that_leaves_a_generator(tmp_path):
-    """One that is closed before its end is no call that returns."""
+    """It is closed when what it was left by has returned, and is no call that returns then."""
 
     class Own(RewriteRuleClassBase):
         def pattern(self, op, scores, value):
@@ -478,8 +478,11 @@ def test_a_check_that_leaves_a_generator(tmp_path):
                 yield 1
                 yield 2
 
-            for _ in numbers():
-                break
+            def first():
+                for number in numbers():
+                    return number
+
+            first()
             return pattern.MatchResult().fail("never")
 
         def rewrite(self, op, scores, value):
