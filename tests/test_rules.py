@@ -464,30 +464,3 @@ def test_site_that_other_passes_took_away(tmp_path):
     """Nothing reads its result."""
     reason = only(explain(plain(tmp_path, "[n_residual] r = Add (x, o1)", "r = Add (x, x)")))
     assert "took it out of the graph" in reason.message
-
-
-def test_a_check_that_leaves_a_generator(tmp_path):
-    """It is closed when what it was left by has returned, and is no call that returns then."""
-
-    class Own(RewriteRuleClassBase):
-        def pattern(self, op, scores, value):
-            return op.MatMul(op.Softmax(scores, axis=-1), value)
-
-        def check(self, context, scores, value):
-            def numbers():
-                yield 1
-                yield 2
-
-            def first():
-                for number in numbers():
-                    return number
-
-            first()
-            return pattern.MatchResult().fail("never")
-
-        def rewrite(self, op, scores, value):
-            return op.MatMul(scores, value)
-
-    (reason,) = explain(write(tmp_path / "a.onnx"), Own).reasons
-    assert (reason.kind, reason.cause) == ("check", "other_check")
-    assert reason.source == 'return pattern.MatchResult().fail("never")'
