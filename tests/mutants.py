@@ -343,7 +343,8 @@ def watched() -> Iterator[list[onnx.ModelProto | None]]:
 
 
 def expected(path: Path, mutant: Mutant) -> list[np.ndarray] | None:
-    """What the mutant gives, which is written to `path`; None of a graph that does not run, or gives no numbers."""
+    """What the mutant gives, which is written to `path`; None of a graph that does not run, or
+    gives no numbers."""
     onnx.save(mutant.proto, path)
     try:
         onnx.checker.check_model(mutant.proto, full_check=True)
