@@ -249,7 +249,7 @@ def test_the_shell_needs_no_more_than_its_packages(light, tmp_path):
 @pytest.mark.parametrize(
     ("command", "package"),
     [
-        (["explain", "--model-type", "bart"], "torch"),
+        (["explain", *EXPLAIN[:-2]], "torch"),
         (["explain", *EXPLAIN[:-1], "1"], "torch"),
         (["view"], "netron"),
         (["view", "--save", "a.svg", "--chromium", sys.executable], "playwright"),

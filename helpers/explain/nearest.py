@@ -19,17 +19,15 @@ ANYWHERE = Goal()
 class Nearest(NamedTuple):
     """A path in the graph, each node with the input of the node before that it computes, and how
     much it differs from the one that was asked for. `aside` is whether it leaves the nodes that
-    were matched: any input would do, and another was taken; `along`, whether it goes on by the
-    input at which the path broke."""
+    were matched: any input would do, and another was taken."""
 
     cost: float
     steps: tuple[tuple[onnx.NodeProto, int], ...]
     aside: bool = False
-    along: bool = True
 
 
 def nearest(
-    attempt: Attempt, producers: dict[str, onnx.NodeProto], goal: Goal = ANYWHERE
+    attempt: Attempt, producers: dict[str, onnx.NodeProto], goal: Goal | None = None
 ) -> Nearest | None:
     """The path that the graph has from the attempt's start to `goal`, or where none leads there, to
     an operator of the kind wanted last; None where none is near. `producers` has the nodes by
@@ -39,17 +37,18 @@ def nearest(
     1, one less costs 1, another input than expected a little (Dijkstra on the edit distance). It
     goes through the nodes that matched and the input at which the attempt broke, if it can; through
     another input, if that leads to the end; and, where any input would do, past the nodes that
-    matched if it fits much better.
+    matched if it fits much better. Without a `goal`, by any input.
     """
     if attempt.down:
         return None
-    goals = [goal, ANYWHERE] if goal is not ANYWHERE else [ANYWHERE]
-    for end in goals:
-        matched = len(attempt.matched)
-        through = _nearest(attempt, producers, end, matched, along=True)
+    for end in dict.fromkeys((goal or ANYWHERE, ANYWHERE)):
+        matched, through = len(attempt.matched), None
+        if goal is not None:
+            through = _nearest(attempt, producers, end, matched, along=True)
         if through is None:
             through = _nearest(attempt, producers, end, matched, along=False)
-            through = through and through._replace(cost=through.cost + 1.1, along=False)
+            if goal is not None and through is not None:
+                through = through._replace(cost=through.cost + 1.1)
         if None in attempt.inputs[:matched]:
             other = _nearest(attempt, producers, end, 0, along=False)
             if other and (through is None or other.cost + 0.5 < through.cost):

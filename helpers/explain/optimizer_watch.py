@@ -167,9 +167,10 @@ class FusionWatch:
         """Whether `fusion` makes attention operators, or is one that was to be watched besides."""
         return "Attention" in parts.makes(fusion) or isinstance(fusion, self._also)
 
-    def goal(self, call: Call, attempt: Attempt) -> Goal:
-        """Where the path of an `attempt` of `call` should end, in the graph as it is now."""
-        return self._moment.goal(attempt) if call.attends else Goal()
+    def goal(self, call: Call, attempt: Attempt) -> Goal | None:
+        """Where the path of an `attempt` of `call` should end, in the graph as it is now; None of
+        a call that makes no attentions."""
+        return self._moment.goal(attempt) if call.attends else None
 
     def node(self, proto: onnx.NodeProto) -> Node:
         """`proto` under the name that the file has for it."""

@@ -42,7 +42,12 @@ NOTHING = -1e3  # a score as low as this is none: its weight is 0 in any precisi
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The values of a small constant; None where it is computed, or a weight."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None or tensor.size > SHAPE_UP_TO else tensor.numpy()
+    if tensor is None or tensor.size > SHAPE_UP_TO:
+        return None
+    try:
+        return tensor.numpy()
+    except FileNotFoundError:  # in another file, and left there with the weights
+        return None
 
 
 def number(value: ir.Value | None) -> float | None:
