@@ -98,9 +98,9 @@ def test_faults_are_named(fused, tmp_path):
 
 
 def test_faults_before_rules_are_named(suggested, tmp_path):
-    came_to, misses = missed(suggested, tmp_path, 3 * EVERY)
+    came_to, misses = missed(suggested, tmp_path, 6 * EVERY)
     assert not misses, "\n".join(misses)
-    assert came_to["stops"] >= 5
+    assert came_to["stops"] >= 2
 
 
 @pytest.mark.every

@@ -10,9 +10,7 @@ from helpers.models.small import ARCHITECTURES
 from helpers.quiet import quiet
 
 SAMPLE = [
-    ("WavLM", "TorchScript, eager"),
     ("ViT", "dynamo"),
-    ("BART", "TorchScript, SDPA"),
     ("CLIP text", "TorchScript, eager"),
     ("GPT-2", "dynamo"),
 ]
