@@ -88,12 +88,12 @@ def _tell_heads(sites: list[graph.Site], num_heads: int, hidden_size: int) -> No
     """Log that no heads were given, or others than the graph has."""
     heads = next(filter(None, map(site_forms.heads, sites)), None)
     number, width = heads or (0, 0)
-    options = f"--num-heads {number} --hidden-size {number * width}"
     if not num_heads:
-        has = f"; the graph has {options}" if heads else ""
+        has = f"; the graph has {site_forms.options(heads)}" if heads else ""
         logger.info(f"no --num-heads was given, without which some fusions do nothing{has}")
     elif heads and (num_heads, hidden_size or number * width) != (number, number * width):
-        logger.info(f"--num-heads {num_heads} --hidden-size {hidden_size}: the graph has {options}")
+        has = site_forms.options(heads)
+        logger.info(f"--num-heads {num_heads} --hidden-size {hidden_size}: the graph has {has}")
 
 
 def _optimised(

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from helpers import graph
 from helpers.graph import walks
 from helpers.graph.attention_sites import PRODUCTS
+from helpers.graph.caches import caches
 from helpers.graph.values import constant, dim, number, stated_rank
 
 FAR = 12  # nodes between a product and its projections, at the most
@@ -30,9 +31,10 @@ def below_packed(site: graph.Site, packed: ir.Node) -> set[str]:
     }
 
 
-def told(site: graph.Site) -> list[str]:
-    """Each form of `site` that few fusions know, and which operator can express it."""
-    return [] if site.scores is None else [*dict.fromkeys(_forms(site))]
+def told(site: graph.Site, model: ir.Model) -> list[str]:
+    """Each form of `site`, of the `model`, that few fusions know, and which operator can express
+    it."""
+    return [] if site.scores is None else [*dict.fromkeys(_forms(site, model))]
 
 
 def _operands(site: graph.Site) -> list[ir.Value]:
@@ -61,7 +63,7 @@ def _projection(value: ir.Value, site: graph.Site) -> ir.Node | None:
 # ── Forms ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _forms(site: graph.Site) -> Iterator[str]:
+def _forms(site: graph.Site, model: ir.Model) -> Iterator[str]:
     query, key, value = (list(_way(operand, site)) for operand in _operands(site))
     between = walks.between(site.scores, site.node) - {site.scores, site.node}
     kinds = {node.op_type for node in (*query, *key)}
@@ -73,7 +75,7 @@ def _forms(site: graph.Site) -> Iterator[str]:
             " with a scale of 1 takes them as they are"
         )
     yield from _of_scores(between, site)
-    if any(_is_cache(node) for node in key):
+    if caches(model, [site]):
         yield (
             "keys of earlier steps are joined to its own (a cache): Attention of opset 23 and"
             " GroupQueryAttention have inputs for them"
@@ -124,13 +126,6 @@ def _is_learned(value: ir.Value, far: int = 8) -> bool:
     return is_weight(value) or any(map(is_weight, (v for node in above for v in node.inputs)))
 
 
-def _is_cache(node: ir.Node) -> bool:
-    """Concat(past, own) of an input of the graph."""
-    return node.op_type == "Concat" and any(
-        value is not None and value.is_graph_input() for value in node.inputs
-    )
-
-
 def _partitions(site: graph.Site, way: list[ir.Node]) -> bool:
     """Whether windows are cut out, before the projections or after the result.
 
@@ -169,6 +164,12 @@ def heads(site: graph.Site) -> tuple[int, int] | None:
     query = site.scores.inputs[0]
     split = (dim(query, -3), dim(query, -1)) if stated_rank(query) == 4 else (None, None)
     return split if all(isinstance(size, int) for size in split) else None
+
+
+def options(heads: tuple[int, int]) -> str:
+    """The command line's options that say how many `heads` there are, and their width."""
+    number, width = heads
+    return f"--num-heads {number} --hidden-size {number * width}"
 
 
 def _width(value: ir.Value) -> int | None:
