@@ -13,7 +13,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain import site_forms
+from helpers.explain import head_sizes, site_forms
 from helpers.explain.reasons import Reason
 from helpers.graph import walks
 
@@ -35,7 +35,15 @@ Told = tuple[str, str] | None  # a cause, and a message
 
 def refined(reason: Reason, asked: Asked) -> Reason:
     """`reason`, with the cause and the advice that the site gives; itself without such."""
-    for refine in (_in_a_branch, _quantised, _packed, _other_heads, _inserted, _unknown_form):
+    for refine in (
+        _in_a_branch,
+        _quantised,
+        _packed,
+        _other_heads,
+        _inserted,
+        _unknown_form,
+        _rotated,
+    ):
         cause, message = refine(reason, asked) or (None, None)
         if cause:
             return dataclasses.replace(reason, cause=cause, message=message)
@@ -88,11 +96,11 @@ def _other_heads(reason: Reason, asked: Asked) -> Told:
     told = reason.check.source if reason.check else ""
     if "num_heads" not in told and "hidden_size" not in told:
         return None
-    heads = site_forms.heads(asked.site)
+    heads = head_sizes.heads(asked.site)
     if heads is None:
         return None if asked.heads else ("heads", "give --num-heads and --hidden-size")
     number, width = heads
-    options = site_forms.options(heads)
+    options = head_sizes.options(heads)
     has = f"the graph has {number} heads of width {width}"
     if not asked.heads:
         return "heads", f"{has}, and none were given: {options}"
@@ -121,6 +129,15 @@ def _inserted(reason: Reason, asked: Asked) -> Told:
         "ONNX Runtime put the Cast there before the fusions ran, since it has few kernels for"
         " float16: take --opt-level 0, or fuse the float32 model and convert what that gives"
     )
+
+
+def _rotated(reason: Reason, asked: Asked) -> Told:
+    """It broke in what rotates queries or keys by their positions."""
+    if reason.attempt is None or asked.site.scores is None:
+        return None
+    rotating = {graph.name(node) for node in site_forms.rotating(asked.site)}
+    there = (reason.attempt.at, *reason.attempt.found)
+    return (reason.cause, site_forms.ROTATED) if any(n.name in rotating for n in there) else None
 
 
 def _unknown_form(reason: Reason, asked: Asked) -> Told:
