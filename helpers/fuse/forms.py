@@ -24,6 +24,47 @@ def keeps_scores(node: ir.Node, at: int) -> bool:
     return all(abs(bound) >= -NOTHING for bound in bounds)
 
 
+def keeps_weights(node: ir.Node, at: int) -> bool:
+    """Whether `node` bounds the weights by what they are within: Clip(p, 0, 1), Max(p, 0)."""
+    bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
+    if None in bounds or node.op_type not in ("Clip", "Max", "Min"):
+        return False
+    return all(bound <= 0.0 or bound >= 1.0 for bound in bounds)
+
+
+def never_holds(condition: ir.Value, of_weights: set[ir.Value]) -> bool:
+    """Whether `condition` holds for no weight: IsInf(p), or a test beside it.
+
+    nan_to_num writes Where(And(IsInf(p), Greater(p, 0)), highest, p) behind that of IsNaN.
+    """
+    origin, holds = unwrapped(condition, True)
+    node = origin.producer()
+    if node is None or not holds:
+        return False
+    if node.op_type == "And":
+        return any(never_holds(operand, of_weights) for operand in node.inputs)
+    return node.op_type == "IsInf" and node.inputs[0] in of_weights
+
+
+def tells_no_key(condition: ir.Value, holds: bool, of_scores: set[ir.Value], keys: int) -> bool:
+    """Whether `condition` holds, or does not, in rows without a key alone; axis `keys` is theirs.
+
+    IsNaN(p)                                of a weight: a Softmax over nothing is not a number
+    Not(ReduceMax(Not(Equal(s, -inf))))     of scores (…, S, T): one for each row, by their lowest
+    """
+    origin, holds = unwrapped(condition, holds)
+    node = origin.producer()
+    if node is None or origin not in of_scores:
+        return False
+    if node.op_type == "IsNaN":
+        return holds
+    tests = above(origin, of_scores)
+    bounds = [number(value) for test in tests for value in test.inputs if value is not None]
+    lowest = any(bound is not None and bound <= NOTHING for bound in bounds)
+    infinite = any(test.op_type == "IsInf" for test in tests)
+    return (lowest or infinite) and dim(condition, keys) == 1
+
+
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
     """What `value` is with its last two axes exchanged, if they were with the others merged.
 
