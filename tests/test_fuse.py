@@ -28,7 +28,8 @@ tiny (float[batch,length,8] given, int64[batch,length] attention_mask)
  float cap = {3.0}, float[2,1,1] heat = {0.5, 1.5}, float[1,2,1,1] kept = {1.0, 0.5},
  float[1,2,1,1] sink = {0.3, -0.2}, int64[1] at1 = {1}, int64[1] at3 = {3}, int64[1] end = {-1},
  int64[1] start = {0}, int64[2] at12 = {1, 2}, int64[2] at13 = {1, 3}, int64 i1 = {1},
- int64 first = {0}, int64[3] three = {-1, 6, 4}, int64[3] values = {-1, 6, 4}, float[1] tiny_ = {0.000001}>
+ int64 first = {0}, int64[3] three = {-1, 6, 4}, int64[3] values = {-1, 6, 4},
+ float[1] tiny_ = {0.000001}>
 {
   q0 = MatMul (given, wq)
   q1 = Add (bq, q0)
@@ -195,7 +196,8 @@ WAYS = {
     "numbers in the place of NaN and infinity": {
         "before": SCALED + "s = Where (keys, sa, none)",
         "after": """nan = IsNaN (p) w0 = Where (nan, zero, p) far = IsInf (p)
-        above = Greater (p, zero) top = And (far, above) w1 = Where (top, two, w0) under = Less (p, zero)
+        above = Greater (p, zero) top = And (far, above) w1 = Where (top, two, w0)
+        under = Less (p, zero)
         bottom = And (under, far) w = Where (bottom, lowest, w1)""",
     },
     "weights that are bounded": {"after": "w = Clip (p, zero, one)"},

@@ -30,8 +30,8 @@ class RuleText:
         if reading is None:
             return "UnfinishedAttention"
         capped = "Capped" if reading.softcap is not None else ""
-        chosen = any(how in ("keep", "masked") for how, _ in reading.masked_by)
-        masked = "Masked" if chosen else "Biased" if reading.bias is not None else ""
+        chosen = any(node.op_type == "Where" for node in reading.before)
+        masked = "" if reading.bias is None else "Masked" if chosen else "Biased"
         return f"{capped}{masked or ('' if capped else 'Plain')}Attention"
 
     def form(self) -> str:

@@ -29,7 +29,7 @@ from helpers import graph
 from helpers.fuse import forms, masks, products
 from helpers.fuse.building import RESHAPES, Reading, build
 from helpers.graph import walks
-from helpers.graph.values import NOTHING, number, rank, sized_by, tail
+from helpers.graph.values import NOTHING, number, rank, tail
 
 _CASTS = {"Cast", "CastLike"}
 _SAME = {*_CASTS, "Dropout", "Identity"}
@@ -255,6 +255,7 @@ class _Reader:
         times = 1 / factor if factor and kind == "Div" else factor or 0.0
         if abs(times * NOTHING) < _STILL_LOW:
             reading.kept.clear()  # what was masked may have a weight
+            reading.masked_by.clear()
         if reading.bias is not None:
             reading.bias = self.tape.op(kind, [reading.bias, self._upright(operand)])
 
@@ -449,29 +450,8 @@ class _Reader:
         if not plain or len(users) != 1 or context.outputs[0].is_graph_output():
             return context
         node = users[0]
-        return node if node.op_type == "Reshape" and self._keeps_shape(node) else context
-
-    def _keeps_shape(self, node: ir.Node) -> bool:
-        """Whether the Reshape `node` of the result (B, N, S, Dv) gives it the sizes that it has.
-
-        Reshape(result, Concat(B, N, S, Dv)), with each size read off the result, the queries or
-        the values; or one of them -1.
-        """
-        sizes = node.inputs[1].producer()
-        if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
-            return False
-        site = self.reading.site
-        same = [(node.inputs[0], axis) for axis in range(4)]
-        same += [(site.scores.inputs[0], axis) for axis in (0, 1, 2)]
-        same.append((site.context.inputs[1], 3))
-        inferred = 0
-        for axis, size in enumerate(sizes.inputs):
-            source = sized_by(size)
-            if number(size) == -1:
-                inferred += 1
-            elif source not in same or source[1] != axis:
-                return False
-        return inferred <= 1
+        same = node.op_type == "Reshape" and forms.keeps_shape(node, reading.site)
+        return node if same else context
 
     def _other_reader(self) -> str:
         """The name of what else reads the weights: a node or an output of the graph; else empty."""

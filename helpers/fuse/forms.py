@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.graph import walks
-from helpers.graph.values import NOTHING, constant, dim, number, rank
+from helpers.graph.values import NOTHING, constant, dim, number, rank, sized_by
 
 _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
 
@@ -63,6 +63,28 @@ def tells_no_key(condition: ir.Value, holds: bool, of_scores: set[ir.Value], key
     lowest = any(bound is not None and bound <= NOTHING for bound in bounds)
     infinite = any(test.op_type == "IsInf" for test in tests)
     return (lowest or infinite) and dim(condition, keys) == 1
+
+
+def keeps_shape(node: ir.Node, site: graph.Site) -> bool:
+    """Whether the Reshape `node` of the site's result (B, N, S, Dv) gives it the sizes it has.
+
+    Reshape(result, Concat(B, N, S, Dv)), with each size read off the result, the queries or the
+    values; or one of them -1.
+    """
+    sizes = node.inputs[1].producer()
+    if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
+        return False
+    same = [(node.inputs[0], axis) for axis in range(4)]
+    same += [(site.scores.inputs[0], axis) for axis in (0, 1, 2)]
+    same.append((site.context.inputs[1], 3))
+    inferred = 0
+    for axis, size in enumerate(sizes.inputs):
+        source = sized_by(size)
+        if number(size) == -1:
+            inferred += 1
+        elif source not in same or source[1] != axis:
+            return False
+    return inferred <= 1
 
 
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
