@@ -1,15 +1,19 @@
 """What is done to the weights after the Softmax: masks set once more, by models and by hand."""
 
+import random
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from building import LOWEST, Graph, save
+from onnx_ir.passes.common import ShapeInferencePass
 
-from helpers import explain, fuse, graph
+from helpers import explain, files, fuse, graph
 from helpers.export import export
-from helpers.fuse import masks
+from helpers.fuse import attention, masks, pipeline
 from helpers.models import small
 from helpers.quiet import quiet
 
@@ -117,6 +121,98 @@ def test_a_float_that_is_only_not_0_is_no_mask(tmp_path):
     done = fuse.fuse(save(tmp_path / "in.onnx", build), tmp_path / "out.onnx")
     assert (done.held, done.fused) == (True, 0)
     assert "the weights are multiplied with importance" in done.left[0]
+
+
+# ── Any masks, before and after ─────────────────────────────────────────────────────────────────
+
+BATCH, LENGTH = 3, 5
+
+
+class Masks:
+    """Masks of a graph, drawn at random, each with its array for two inputs of 0 and 1."""
+
+    def __init__(self, g: Graph, seed: int) -> None:
+        self.g, self.random = g, random.Random(seed)
+        drawn = np.random.default_rng(seed)
+        self.inputs = {name: drawn.integers(0, 2, (BATCH, LENGTH)) for name in "ab"}
+        for name in self.inputs:
+            g.given(name, np.int64, "b", "n")
+
+    def any(self, deep: int = 2) -> tuple[str, np.ndarray]:
+        """True where it keeps; the keys of an input, or the queries, or what is made of others."""
+        g, kind = self.g, self.random.choice(("plain", "not", "and", "or") if deep else ("plain",))
+        if kind == "plain":
+            name, axes = self.random.choice("ab"), self.random.choice(([1, 2], [1, 2], [1, 3]))
+            whole, array = g.Unsqueeze(name, axes), np.expand_dims(self.inputs[name] != 0, axes)
+            if self.random.random() < 0.5:
+                return g.Cast(whole, to=onnx.TensorProto.BOOL), array
+            return g.Not(g.Equal(whole, 0)), array
+        one, first = self.any(deep - 1)
+        if kind == "not":
+            return g.Not(one), ~first
+        two, second = self.any(deep - 1)
+        return (
+            (g.And(one, two), first & second) if kind == "and" else (g.Or(one, two), first | second)
+        )
+
+    def scores(self, s: str) -> tuple[str, str, np.ndarray]:
+        """Scores masked, the mask, and where they are kept."""
+        mask, keeps = self.any()
+        g, way = self.g, self.random.choice(("where", "inverted", "added"))
+        if way == "where":
+            return g.Where(mask, s, LOWEST), mask, keeps
+        if way == "inverted":
+            return g.Where(mask, LOWEST, s), mask, ~keeps
+        bias = g.Mul(g.Sub(1.0, g.Cast(mask, to=onnx.TensorProto.FLOAT)), -1e9)
+        return g.Add(s, bias), mask, keeps
+
+    def weights(self, p: str, mask: str) -> str:
+        """Weights masked by `mask`, by what it is not, or by another."""
+        g, way = self.g, self.random.choice(("where", "inverted", "times"))
+        mask = mask if self.random.random() < 0.6 else self.any()[0]
+        if way == "where":
+            return g.Where(mask, p, 0.0)
+        if way == "inverted":
+            return g.Where(mask, 0.0, p)
+        return g.Mul(p, g.Cast(mask, to=onnx.TensorProto.FLOAT))
+
+
+def drawn(path: Path, seed: int) -> tuple[Path, dict[str, np.ndarray], np.ndarray]:
+    """A graph of masks drawn at random, what to feed it, and which of its rows have a key."""
+    made = []
+
+    def build(g: Graph, wrong: str) -> None:
+        all_masks = Masks(g, seed)
+        q, k, v = (g.given(name, np.float32, "b", 2, "n", 4) for name in "qkv")
+        s, mask, keeps = all_masks.scores(g.MatMul(q, g.Transpose(k, perm=[0, 1, 3, 2])))
+        p = all_masks.weights(g.Softmax(s, axis=-1), mask)
+        g.gives("y", g.MatMul(p, v), "b", 2, "n", 4)
+        made.extend((all_masks.inputs, np.broadcast_to(keeps, (BATCH, 1, LENGTH, LENGTH))))
+
+    save(path, build)
+    inputs, keeps = made
+    normal = np.random.default_rng(seed)
+    arrays = {name: normal.normal(size=(BATCH, 2, LENGTH, 4)).astype("f") for name in "qkv"}
+    return path, arrays | inputs, keeps.any(-1)[:, 0]
+
+
+def test_any_mask_is_fused_right_or_not_at_all(tmp_path):
+    fused = 0
+    for seed in range(60):
+        path, arrays, with_key = drawn(tmp_path / "in.onnx", seed)
+        model = ShapeInferencePass()(graph.load(path)).model
+        try:
+            attention.fuse(model, graph.sites(model)[0])
+        except attention.Left:
+            continue
+        fused += 1
+        pipeline.clean(model)
+        one, two = (
+            files.session(file).run(["y"], arrays)[0].transpose(0, 2, 1, 3)[with_key]
+            for file in (path, files.save(model, tmp_path / "out.onnx"))
+        )
+        np.testing.assert_allclose(one, two, atol=1e-5, err_msg=f"seed {seed}")
+    assert 15 < fused < 50
 
 
 # ── Steps, as the check of a rule reads them ────────────────────────────────────────────────────
