@@ -27,8 +27,9 @@ tiny (float[batch,length,8] given, int64[batch,length] attention_mask)
  float lowest = {-3.4028234663852886e38}, float zero = {0.0}, float one = {1.0},
  float cap = {3.0}, float[2,1,1] heat = {0.5, 1.5}, float[1,2,1,1] kept = {1.0, 0.5},
  float[1,2,1,1] sink = {0.3, -0.2}, int64[1] at1 = {1}, int64[1] at3 = {3}, int64[1] end = {-1},
- int64[1] start = {0}, int64[2] at12 = {1, 2}, int64 i1 = {1}, int64 first = {0},
- int64[3] three = {-1, 6, 4}, int64[3] values = {-1, 6, 4}, float[1] tiny_ = {0.000001}>
+ int64[1] start = {0}, int64[2] at12 = {1, 2}, int64[2] at13 = {1, 3}, int64 i1 = {1},
+ int64 first = {0}, int64[3] three = {-1, 6, 4}, int64[3] values = {-1, 6, 4},
+ float[1] tiny_ = {0.000001}>
 {
   q0 = MatMul (given, wq)
   q1 = Add (bq, q0)
@@ -146,6 +147,60 @@ WAYS = {
         "after": "w = Where (pads, zero, p)",
     },
     "a factor for each head, after": {"after": "w = Mul (p, kept)"},
+    "a guard by the mask, inverted": {
+        "before": SCALED + "s = Where (keys, sa, lowest)",
+        "after": "w = Where (pads, zero, p)",
+    },
+    "a guard by the mask, cast anew": {
+        "before": SCALED + "s = Where (keys, sa, lowest)",
+        "after": "again = Cast <to = 9> (m1) w = Where (again, p, zero)",
+    },
+    "a guard by the mask that was added": {
+        "before": SCALED + "s = Add (sa, added)",
+        "after": "w = Where (pads, zero, p)",
+    },
+    "a guard by one mask of two": {
+        "before": SQUARE
+        + CAUSAL
+        + "both = And (seen, keys) hidden = Not (both)"
+        + SCALED
+        + "s = Where (hidden, lowest, sa)",
+        "after": "w0 = Where (seen, p, zero) w1 = Mul (w0, lower) w = Mul (w1, kf)",
+    },
+    "a guard where nothing is masked": {
+        "before": SCALED + "no = ConstantOfShape <value = bool[1] {0}> (at1) s = Identity (sa)",
+        "after": "w = Where (no, zero, p)",
+    },
+    "a mask that is multiplied with": {
+        "before": SCALED + "s = Where (pads, lowest, sa)",
+        "after": "w = Mul (p, kf)",
+    },
+    "a mask that is multiplied with, of what is added": {
+        "before": SCALED + "s = Add (sa, added)",
+        "after": "w = Mul (kf, p)",
+    },
+    "padding that is multiplied with": {
+        "before": SCALED
+        + "padding = Cast <to = 1> (pads) far = Mul (padding, lowest) s = Add (sa, far)",
+        "after": "w0 = Sub (one, padding) w = Mul (p, w0)",
+    },
+    "a mask that is multiplied with, before the scale": {
+        "before": "sa = Where (keys, s0, lowest) s = Mul (sa, half)",
+        "after": "w = Mul (p, kf)",
+    },
+    "weights of queries that are padding": {
+        "before": SCALED + "s = Where (keys, sa, lowest)",
+        "after": "q1_ = Unsqueeze (attention_mask, at13) rows = Cast <to = 9> (q1_)"
+        " w = Where (rows, p, zero)",
+    },
+    "numbers in the place of NaN and infinity": {
+        "before": SCALED + "s = Where (keys, sa, none)",
+        "after": """nan = IsNaN (p) w0 = Where (nan, zero, p) far = IsInf (p)
+        above = Greater (p, zero) top = And (far, above) w1 = Where (top, two, w0)
+        under = Less (p, zero)
+        bottom = And (under, far) w = Where (bottom, lowest, w1)""",
+    },
+    "weights that are bounded": {"after": "w = Clip (p, zero, one)"},
     "double precision": {
         "before": SCALED + "sd = Cast <to = 11> (sa) ad = Cast <to = 11> (added) s = Add (sd, ad)",
         "after": "w = Cast <to = 1> (p)",
@@ -203,7 +258,57 @@ NOT = {
             "before": "s = Identity (s0)",
             "after": "odd = Cast <to = 9> (kf) not_odd = Not (odd) w = Where (not_odd, zero, p)",
         },
-        "after the Softmax",
+        "masks more after the Softmax than is known to be masked before",
+    ),
+    "weights masked where the scores are not": (
+        {"before": "s = Where (keys, s0, lowest)", "after": "w = Where (keys, zero, p)"},
+        "masks more after the Softmax",
+    ),
+    "weights masked by more than the scores": (
+        {
+            "before": SQUARE + CAUSAL + "s = Where (keys, s0, lowest)",
+            "after": "both = And (seen, keys) w = Where (both, p, zero)",
+        },
+        "masks more after the Softmax",
+    ),
+    "weights masked by queries, the scores by keys": (
+        {
+            "before": "turned = Transpose <perm = [0, 1, 3, 2]> (keys)"
+            " both = Or (keys, turned) s = Where (both, s0, lowest)",
+            "after": "w = Where (keys, p, zero)",
+        },
+        "masks more after the Softmax",
+    ),
+    "weights masked after a scale that lets masked scores count": (
+        {
+            "before": "sa = Where (keys, s0, low) s = Mul (sa, tiny_)",
+            "after": "w = Where (keys, p, zero)",
+        },
+        "masks more after the Softmax",
+    ),
+    "weights multiplied by key": ({"after": "w = Mul (p, kf)"}, "differ from key to key"),
+    "weights multiplied by what is not 0 or 1": (
+        {
+            "before": "twos = Mul (kf, two) s = Where (keys, s0, lowest)",
+            "after": "w = Mul (p, twos)",
+        },
+        "the weights are multiplied with twos, which may differ from key to key",
+    ),
+    "weights left out by their row's highest score": (
+        {
+            "before": "s = Identity (s0)",
+            "after": "top = ReduceMax <axes = [-1], keepdims = 1> (s)"
+            " small = Less (top, half) w = Where (small, zero, p)",
+        },
+        "masks more",
+    ),
+    "weights with other numbers": (
+        {"before": "s = Where (keys, s0, lowest)", "after": "w = Where (keys, p, half)"},
+        "puts half in the place of weights",
+    ),
+    "weights that are divided by their sum": (
+        {"after": "all_ = ReduceSum <keepdims = 1> (p, end) w = Div (p, all_)"},
+        "takes the weights twice",
     ),
     "weights that are squared": ({"after": "w = Mul (p, p)"}, "twice"),
     "weights changed": ({"after": "w = Sqrt (p)"}, "Sqrt"),

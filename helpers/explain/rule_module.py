@@ -66,6 +66,9 @@ def _rule(twin: twins.Twin) -> RuleText:
     if twin.left is None and (missing := skeleton.missing()):
         why = f"{', '.join(missing)} is needed, and no input of the pattern"
         skeleton = Skeleton(twin.unread(why))
+    elif twin.left is None and (unsure := twin.unsure()):
+        why = f"to know {unsure} for what masks the scores takes shapes, and none are stated"
+        skeleton = Skeleton(twin.unread(why))
     return RuleText(skeleton)
 
 
@@ -92,7 +95,9 @@ def _module(file: str, forms: list[_Form]) -> str:
         *(["import onnx_ir as ir"] if "ir." in body else []),
         "from onnxscript.rewriter import pattern",
         "",
-        *([f"from helpers.graph.values import {', '.join(read)}", ""] if read else []),
+        *(["from helpers.fuse.masks import once_more"] if "once_more(" in body else []),
+        *([f"from helpers.graph.values import {', '.join(read)}"] if read else []),
+        *([""] if read or "once_more(" in body else []),
     ]
     command = f"# python -m helpers explain {file} --rules FILE.py:{chosen} --write OUT.onnx"
     if len(command) > WIDTH:

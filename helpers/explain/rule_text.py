@@ -30,7 +30,8 @@ class RuleText:
         if reading is None:
             return "UnfinishedAttention"
         capped = "Capped" if reading.softcap is not None else ""
-        masked = "Masked" if reading.conditions else "Biased" if reading.bias is not None else ""
+        chosen = any(node.op_type == "Where" for node in reading.before)
+        masked = "" if reading.bias is None else "Masked" if chosen else "Biased"
         return f"{capped}{masked or ('' if capped else 'Plain')}Attention"
 
     def form(self) -> str:
@@ -57,7 +58,7 @@ class RuleText:
         """What the pattern cannot say, and `check` tests: what fails, its message, names read."""
         if self.left:
             return []
-        return [*self._ranks(), *self._rows(), *self._numbers()]
+        return [*self._ranks(), *self._rows(), *self._numbers(), *self._masks()]
 
     # ── Methods ─────────────────────────────────────────────────────────────────────────────────
 
@@ -158,6 +159,28 @@ class RuleText:
             elif value not in taken:
                 condition = f"number({name}) != {literal(given)}"
                 yield condition, f"{name}: expected the constant {literal(given)}", [name]
+
+    def _masks(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Tests of what is done to the weights: a mask, that of the scores; one number a row."""
+        reading, keys = self.twin.reading, -2 if self.twin.reading.flipped else -1
+        for value in reading.by_rows:
+            name = self.names.get(self.twin.own.get(value))
+            if name is not None and number(value) is None:
+                condition = f"dim({name}, {keys}) not in (1, None)"
+                yield condition, f"{name}: expected one number for all keys", [name]
+        before = [self._step(step) for step in reading.masked_by]
+        for step in reading.masked_again:
+            after, name = self._step(step), self.names[self.twin.own[step[1]]]
+            if number(step[1]) is None and after not in before:
+                names = [
+                    self.names[self.twin.own[value]] for _, value in (step, *reading.masked_by)
+                ]
+                condition = f"not once_more({', '.join([after, *before])})"
+                yield condition, f"{name}: expected what masks the scores", names
+
+    def _step(self, step: tuple[str, ir.Value]) -> str:
+        """What masks scores or weights, as `once_more` takes it."""
+        return f'("{step[0]}", {self.names[self.twin.own[step[1]]]})'
 
     def _rewrite(self) -> list[str]:
         if self.left:

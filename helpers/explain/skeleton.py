@@ -157,7 +157,8 @@ class Skeleton:
             kept = node.inputs[1].producer()
             return "keep" if kept in self.nodes else "masked"
         if kind == "Where":
-            return "lowest" if node in self.before else "zero"
+            masked = "zero" if number(copy) == 0.0 else "other"
+            return "lowest" if node in self.before else masked
         if kind in ("Add", "Sub", "Sum") and number(copy) == 0.0:
             return "zero"
         if kind in ("Add", "Sub", "Sum"):

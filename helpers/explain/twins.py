@@ -14,9 +14,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers import graph
-from helpers.fuse import attention, building
+from helpers.fuse import attention, building, masks
 from helpers.graph import walks
-from helpers.graph.values import dim, rank
+from helpers.graph.values import dim, number, rank
 from helpers.quiet import quiet
 
 Axes = tuple[str, ...]  # in letters; empty where they are not known
@@ -48,6 +48,15 @@ class Twin:
     @property
     def operator(self) -> ir.Node:
         return self.outputs[0].producer()
+
+    def unsure(self) -> str | None:
+        """The name of what masks the weights once more, if the file alone does not tell that."""
+        before = [(how, self.own[value]) for how, value in self.reading.masked_by]
+        for how, value in self.reading.masked_again:
+            known = number(value) is not None or masks.once_more((how, self.own[value]), *before)
+            if not known:
+                return value.name
+        return None
 
     def unread(self, why: str) -> Twin:
         """The same without what has been read."""

@@ -10,6 +10,7 @@ does to the scores x:
     c·tanh(x/c)                             → softcap
     casts, dropouts, reshapes, transposes   → followed
     where(no key, 0, weights)               → left out: the operator's result is finite there
+    where(m, weights, 0), weights·m         → left out where m is what masks the scores
     weights·h     one number a head or query → result·h
 
 so that scale, mask and relative positions may be written in any way and order. Anything else there
@@ -25,13 +26,14 @@ import dataclasses
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.fuse import forms, products
+from helpers.fuse import forms, masks, products
 from helpers.fuse.building import RESHAPES, Reading, build
 from helpers.graph import walks
-from helpers.graph.values import NOTHING, dim, number, rank, sized_by, tail
+from helpers.graph.values import NOTHING, number, rank, tail
 
 _CASTS = {"Cast", "CastLike"}
 _SAME = {*_CASTS, "Dropout", "Identity"}
+_STILL_LOW = 30.0  # below its row's other scores; e⁻³⁰ is no weight in float32
 
 
 class Left(Exception):
@@ -122,7 +124,8 @@ class _Reader:
             elif node.op_type in ("Reshape", "Expand", "Slice") or forms.off_the_top(node):
                 onward = onward[:1]  # a shape computed from the scores' own; their maximum
             if len(set(onward)) != 1 or (len(onward) > 1 and node.op_type != "Where"):
-                raise Left(f"{node.op_type} {graph.name(node)} takes the scores twice")
+                what = "weights" if below is self.of_weights else "scores"
+                raise Left(f"{node.op_type} {graph.name(node)} takes the {what} twice")
             last = onward[0]
             positions = [i for i, value in enumerate(node.inputs) if value is last]
             path.append((node, positions[-1]))
@@ -207,17 +210,17 @@ class _Reader:
             if reading.bias is not None and kind in RESHAPES:
                 reading.bias = self.tape.repeated(node, reading.whole(reading.bias))
         elif kind in ("Add", "Sum") and len(inputs) == 2:
-            self._add("Add", other)
+            self._add("Add", other, node)
         elif kind == "Sub" and position == 0 and forms.off_the_top(node):
             if reading.flipped:
                 raise Left(f"{kind} {graph.name(node)} takes off a maximum over the queries")
             reading.shifted = True
         elif kind == "Sub" and position == 0:
-            self._add("Sub", other)
+            self._add("Sub", other, node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
             self._multiply(kind, other)
         elif kind == "Where" and position > 0:
-            self._mask(inputs[0], inputs[3 - position], position == 1)
+            self._mask(node, inputs[3 - position], position == 1)
         elif kind == "Concat" and position == 0 and len(inputs) == 2:
             self._add_keys(node, other)
         elif kind == "Tanh" and not (
@@ -248,16 +251,28 @@ class _Reader:
         if factor:
             self._scale(kind, operand)
         else:
-            reading.row_scales.append((kind, self._of_rows(operand)))
+            reading.row_scales.append((kind, self._of_rows(operand, "scores")))
+        times = 1 / factor if factor and kind == "Div" else factor or 0.0
+        if abs(times * NOTHING) < _STILL_LOW:
+            reading.kept.clear()  # what was masked may have a weight
+            reading.masked_by.clear()
         if reading.bias is not None:
             reading.bias = self.tape.op(kind, [reading.bias, self._upright(operand)])
 
-    def _of_rows(self, value: ir.Value) -> ir.Value:
-        """`value`, which must be one number for all keys; in terms of (…, S, T)."""
-        value = self._upright(value)
-        if tail(value)[1] != 1 or self.reading.reshapes:
-            raise Left(f"{value.name} is multiplied with, and may differ from key to key")
-        return value
+    def _of_rows(self, value: ir.Value, what: str) -> ir.Value:
+        """`value`, which must be one number for all keys; in terms of (…, S, T).
+
+        The scores, or weights, are multiplied with it.
+        """
+        upright = self._upright(value)
+        if tail(upright)[1] != 1:
+            raise Left(
+                f"the {what} are multiplied with {value.name}, which may differ from key to key"
+            )
+        if self.reading.reshapes:
+            raise Left(f"the {what} are multiplied with {value.name} in another layout")
+        self.reading.by_rows.append(value)
+        return upright
 
     def _upright(self, value: ir.Value) -> ir.Value:
         """An operand beside the scores, in terms of (…, S, T)."""
@@ -270,13 +285,14 @@ class _Reader:
             return self.tape.op("Unsqueeze", [value, self.tape.ints(1)])
         return self._swapped(value)
 
-    def _add(self, kind: str, value: ir.Value) -> None:
-        """The scores with `value` added, or where `kind` is Sub, taken off."""
+    def _add(self, kind: str, value: ir.Value, node: ir.Node) -> None:
+        """The scores with `value` added by `node`, or where `kind` is Sub, taken off."""
         reading = self.reading
         if number(value) == 0.0:  # as where nothing is ever masked
             return
         if reading.in_tanh:
             raise Left("something is added between a tanh and its factor")
+        self._masks(kind, value, node)
         value = self._upright(value)
         self._lay_out()
         if reading.bias is not None:
@@ -284,14 +300,15 @@ class _Reader:
         else:
             reading.bias = value if kind == "Add" else self.tape.op("Neg", [value])
 
-    def _mask(self, condition: ir.Value, other: ir.Value, keeps: bool) -> None:
+    def _mask(self, node: ir.Node, other: ir.Value, keeps: bool) -> None:
         """where(condition, x, other) if it `keeps` x, else where(condition, other, x)."""
+        condition = node.inputs[0]
         reading, lowest = self.reading, number(other)
         if lowest is None or lowest > NOTHING or reading.in_tanh:
             raise Left(f"{other.name}, in place of masked scores, is not known to be very low")
         if number(condition) == float(keeps):
             return
-        reading.conditions.append(forms.unwrapped(condition, keeps))
+        self._masks("keep" if keeps else "masked", condition, node)
         self._lay_out()
         dtype = other.dtype or ir.convenience.get_const_tensor(other).dtype
         zero = reading.bias or self.tape.number(0.0, dtype)
@@ -352,23 +369,60 @@ class _Reader:
         elif kind in RESHAPES or kind == "Transpose":
             self._reshape(node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
-            reading.result_scales.append((kind, self._of_rows(inputs[1 - position])))
+            self._multiply_weights(node, inputs[1 - position])
         elif kind == "Slice" and reading.added_keys is not None and number(inputs[1]) == 0.0:
             reading.drops_added_keys = True
-        elif not (kind == "Where" and position > 0 and number(inputs[3 - position]) == 0.0):
+        elif kind == "Where" and position > 0:
+            self._choose_weights(node, inputs[3 - position], position == 1)
+        elif not forms.keeps_weights(node, position):
             raise Left(f"{kind} {graph.name(node)} is between the Softmax and the values")
-        elif not self._without_keys(inputs[0], position == 1):
-            raise Left(f"{kind} {graph.name(node)} masks the weights after the Softmax")
 
-    def _without_keys(self, condition: ir.Value, keeps: bool) -> bool:
-        """Whether weights are set to 0 in rows without a key alone, or where they are 0 already."""
-        origin, holds = forms.unwrapped(condition, keeps)
-        node = origin.producer()
-        if (origin, holds) in self.reading.conditions:
-            return True
-        if node is not None and node.op_type == "IsNaN":
-            return True
-        return origin in self.of_scores and dim(condition, -2 if self.reading.flipped else -1) == 1
+    def _multiply_weights(self, node: ir.Node, factor: ir.Value) -> None:
+        """weights·factor, or where `node` is Div, by it."""
+        if not self._masks_again(node.op_type, factor, node):
+            by_rows = self._of_rows(factor, "weights")
+            self.reading.result_scales.append((node.op_type, by_rows))
+
+    def _choose_weights(self, node: ir.Node, other: ir.Value, keeps: bool) -> None:
+        """where(condition, weights, other) if it `keeps` them, else where(condition, other, …)."""
+        reading, condition = self.reading, node.inputs[0]
+        keys = -2 if reading.flipped else -1
+        if not keeps and forms.never_holds(condition, self.of_weights):
+            return
+        if number(other) != 0.0:
+            raise Left(f"Where {graph.name(node)} puts {other.name} in the place of weights")
+        if self._masks_again("keep" if keeps else "masked", condition, node):
+            return
+        if forms.tells_no_key(condition, not keeps, self.of_scores, keys):
+            return
+        if tail(condition)[keys] != 1 or reading.reshapes or condition in self.of_scores:
+            more = "masks more after the Softmax than is known to be masked before"
+            raise Left(f"Where {graph.name(node)} {more}")
+        reading.by_rows.append(condition)
+        kept = condition if keeps else self.tape.op("Not", [condition])
+        factor = self.tape.op("CastLike", [self._upright(kept), reading.query])
+        reading.result_scales.append(("Mul", factor))
+
+    def _masks_again(self, how: str, value: ir.Value, node: ir.Node) -> bool:
+        """Whether `node` masks weights by `value` that are 0 already, but in rows without a key."""
+        reading = self.reading
+        again = masks.covers(reading.kept, masks.read(how, value, self._places(value, node)))
+        if again:
+            reading.masked_again.append((how, value))
+        return again
+
+    def _masks(self, how: str, value: ir.Value, node: ir.Node) -> None:
+        """Keep in mind that `node` masks scores by `value`, if it does."""
+        kept = masks.read(how, value, self._places(value, node))
+        self.reading.kept |= kept
+        if kept:
+            self.reading.masked_by.append((how, value))
+
+    def _places(self, value: ir.Value, node: ir.Node) -> masks.Axes | None:
+        """Where the axes of `value` are, which `node` reads beside scores or weights."""
+        reading = self.reading
+        layout = rank(node.outputs[0]) if reading.reshapes else reading.axes
+        return masks.places(value, reading.flipped, layout or 0)
 
     def _read_values(self, weights: ir.Value) -> None:
         """The values, and what takes the result."""
@@ -396,29 +450,8 @@ class _Reader:
         if not plain or len(users) != 1 or context.outputs[0].is_graph_output():
             return context
         node = users[0]
-        return node if node.op_type == "Reshape" and self._keeps_shape(node) else context
-
-    def _keeps_shape(self, node: ir.Node) -> bool:
-        """Whether the Reshape `node` of the result (B, N, S, Dv) gives it the sizes that it has.
-
-        Reshape(result, Concat(B, N, S, Dv)), with each size read off the result, the queries or
-        the values; or one of them -1.
-        """
-        sizes = node.inputs[1].producer()
-        if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
-            return False
-        site = self.reading.site
-        same = [(node.inputs[0], axis) for axis in range(4)]
-        same += [(site.scores.inputs[0], axis) for axis in (0, 1, 2)]
-        same.append((site.context.inputs[1], 3))
-        inferred = 0
-        for axis, size in enumerate(sizes.inputs):
-            source = sized_by(size)
-            if number(size) == -1:
-                inferred += 1
-            elif source not in same or source[1] != axis:
-                return False
-        return inferred <= 1
+        same = node.op_type == "Reshape" and forms.keeps_shape(node, reading.site)
+        return node if same else context
 
     def _other_reader(self) -> str:
         """The name of what else reads the weights: a node or an output of the graph; else empty."""

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.fuse import forms
+from helpers.fuse import forms, masks
 from helpers.graph.shapes import expanded
 from helpers.graph.values import dim, rank, tail
 
@@ -78,7 +78,8 @@ class Reading:
     casts: bool = False
     reshapes: list[ir.Node] = dataclasses.field(default_factory=list)
     shifted: bool = False  # each row by a number, which changes no weight
-    conditions: list[tuple[ir.Value, bool]] = dataclasses.field(default_factory=list)  # of masks
+    masked_by: list[masks.Step] = dataclasses.field(default_factory=list)
+    kept: set[masks.Fact] = dataclasses.field(default_factory=set)  # what holds where none masks
     added_keys: ir.Value | None = None  # how many, that are not the product's
 
     # Where the numbers come from: the factors of the scale, the softcap, and constants on the tape.
@@ -88,6 +89,8 @@ class Reading:
 
     # What is done to the weights.
     result_scales: list[tuple[str, ir.Value]] = dataclasses.field(default_factory=list)
+    masked_again: list[masks.Step] = dataclasses.field(default_factory=list)  # that change nothing
+    by_rows: list[ir.Value] = dataclasses.field(default_factory=list)  # one number for all keys
     drops_added_keys: bool = False
     read_elsewhere: bool = False
 
@@ -248,6 +251,8 @@ def _result(reading: Reading, result: ir.Value) -> ir.Value:
     if reading.casts:
         result = reading.tape.op("CastLike", [result, reading.value])
     for kind, factor in reading.result_scales:
+        if reading.casts:
+            factor = reading.tape.op("CastLike", [factor, reading.value])
         result = reading.tape.op(kind, [result, factor])
     if reading.flipped:
         perm = [*range(reading.axes - 2), reading.axes - 1, reading.axes - 2]

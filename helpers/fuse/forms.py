@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from helpers import graph
 from helpers.graph import walks
-from helpers.graph.values import NOTHING, constant, dim, number, rank
+from helpers.graph.values import NOTHING, constant, dim, number, rank, sized_by
 
 _CONDITIONS = {"Cast", "Expand", "Identity", "Not", "Unsqueeze"}  # what a mask goes through
 
@@ -22,6 +22,69 @@ def keeps_scores(node: ir.Node, at: int) -> bool:
     if node.op_type != "Clip" or None in bounds:
         return False
     return all(abs(bound) >= -NOTHING for bound in bounds)
+
+
+def keeps_weights(node: ir.Node, at: int) -> bool:
+    """Whether `node` bounds the weights by what they are within: Clip(p, 0, 1), Max(p, 0)."""
+    bounds = [number(value) for i, value in enumerate(node.inputs) if i != at and value is not None]
+    if None in bounds or node.op_type not in ("Clip", "Max", "Min"):
+        return False
+    return all(bound <= 0.0 or bound >= 1.0 for bound in bounds)
+
+
+def never_holds(condition: ir.Value, of_weights: set[ir.Value]) -> bool:
+    """Whether `condition` holds for no weight: IsInf(p), or a test beside it.
+
+    nan_to_num writes Where(And(IsInf(p), Greater(p, 0)), highest, p) behind that of IsNaN.
+    """
+    origin, holds = unwrapped(condition, True)
+    node = origin.producer()
+    if node is None or not holds:
+        return False
+    if node.op_type == "And":
+        return any(never_holds(operand, of_weights) for operand in node.inputs)
+    return node.op_type == "IsInf" and node.inputs[0] in of_weights
+
+
+def tells_no_key(condition: ir.Value, holds: bool, of_scores: set[ir.Value], keys: int) -> bool:
+    """Whether `condition` holds, or does not, in rows without a key alone; axis `keys` is theirs.
+
+    IsNaN(p)                                of a weight: a Softmax over nothing is not a number
+    Not(ReduceMax(Not(Equal(s, -inf))))     of scores (…, S, T): one for each row, by their lowest
+    """
+    origin, holds = unwrapped(condition, holds)
+    node = origin.producer()
+    if node is None or origin not in of_scores:
+        return False
+    if node.op_type == "IsNaN":
+        return holds
+    tests = above(origin, of_scores)
+    bounds = [number(value) for test in tests for value in test.inputs if value is not None]
+    lowest = any(bound is not None and bound <= NOTHING for bound in bounds)
+    infinite = any(test.op_type == "IsInf" for test in tests)
+    return (lowest or infinite) and dim(condition, keys) == 1
+
+
+def keeps_shape(node: ir.Node, site: graph.Site) -> bool:
+    """Whether the Reshape `node` of the site's result (B, N, S, Dv) gives it the sizes it has.
+
+    Reshape(result, Concat(B, N, S, Dv)), with each size read off the result, the queries or the
+    values; or one of them -1.
+    """
+    sizes = node.inputs[1].producer()
+    if sizes is None or sizes.op_type != "Concat" or len(sizes.inputs) != 4:
+        return False
+    same = [(node.inputs[0], axis) for axis in range(4)]
+    same += [(site.scores.inputs[0], axis) for axis in (0, 1, 2)]
+    same.append((site.context.inputs[1], 3))
+    inferred = 0
+    for axis, size in enumerate(sizes.inputs):
+        source = sized_by(size)
+        if number(size) == -1:
+            inferred += 1
+        elif source not in same or source[1] != axis:
+            return False
+    return inferred <= 1
 
 
 def swapped_in_three(value: ir.Value) -> ir.Value | None:
