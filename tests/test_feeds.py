@@ -332,3 +332,20 @@ def test_a_reshape_that_fits_nothing_is_told_with_its_sizes(tmp_path):
 
     with pytest.raises(files.BadInput, match=r"node written \(7,9000,16\).*dynamo=True"):
         feeds.infer(save(tmp_path / "a.onnx", build))
+
+
+def test_a_mask_from_which_is_computed_what_is_looked_up(tmp_path):
+    """Numbers of blocks, as LongT5 has them, in a table of unknown size: the mask is no id."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.float32, "b", "n", WIDTH)
+        mask = g.given("mask", np.int64, "b", "n")
+        count = g.length(x, 1)
+        blocks = g.Mul(mask, g.Div(g.positions(count, 0), 4))
+        table = g.Slice(g.weight("table", WORDS, WIDTH), [0], g.Unsqueeze(count, [0]), [0])
+        keep = g.Unsqueeze(g.Cast(mask, to=onnx.TensorProto.BOOL), [1, 2])
+        keep = None if wrong == "mask" else keep
+        y = g.attention(g.Add(x, g.Gather(table, blocks)), keep=keep)
+        g.gives("y", y, "b", "n", WIDTH)
+
+    assert "mask int64 (b, n) mask (1 is a key)" in found(tmp_path, build, "mask")

@@ -23,7 +23,7 @@ from onnx_ir.passes import common as passes
 from helpers import files, graph
 from helpers.graph import walks
 from helpers.graph.caches import PASTS
-from helpers.graph.masks import SEQLENS, rotates, score_paths
+from helpers.graph.masks import SEQLENS, masking_inputs, rotates, score_paths
 from helpers.graph.values import COMPARING, LOGICAL, SHAPING, finite_number, looked_up
 
 _TOTAL = 6  # input of GroupQueryAttention: how many positions there are
@@ -128,6 +128,10 @@ def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input
         for entry in entries:
             entry.indexes = False
             entry.role = _role(entry, values[entry.name], paths)
+        masking = masking_inputs(model, sites)
+        for entry in entries:
+            if entry.is_mask and values[entry.name] in masking:
+                entry.indexes = _is_looked_up(values[entry.name])
     growing = {entry.name for entry in entries if _grows(values[entry.name])}
     caches = [entry for entry in entries if entry.role == "floats" and len(entry.dims) == 4]
     caches = caches if len(caches) > 1 else []  # one alone is an image
@@ -252,6 +256,12 @@ def _scaled_by(node: ir.Node, position: int, scaled: _Scaled, entry: Input) -> _
     if number is None:
         return None if entry.is_float else scaled
     return scaled._replace(offset=scaled.offset + (number if kind == "Add" else -number))
+
+
+def _is_looked_up(value: ir.Value) -> bool:
+    """Whether `value` itself is looked up, and not what is computed from it: blocks of a mask have
+    numbers of their own, by which positions between them are looked up."""
+    return any([*looked_up(node, at)] for node, at in walks.uses(value, SHAPING))
 
 
 def _compared(value: ir.Value) -> tuple[int, ...]:
