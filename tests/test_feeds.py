@@ -335,7 +335,7 @@ def test_a_reshape_that_fits_nothing_is_told_with_its_sizes(tmp_path):
 
 
 def test_a_mask_from_which_is_computed_what_is_looked_up(tmp_path):
-    """Numbers of blocks, -1 of padding, in a table of unknown size, as LongT5 has: it holds no ids."""
+    """Numbers of blocks in a table of unknown size, -1 of padding, as LongT5 has: no ids."""
 
     def build(g: Graph, wrong: str) -> None:
         x = g.given("x", np.float32, "b", "n", WIDTH)
