@@ -8,36 +8,40 @@ import numpy as np
 import onnx
 
 from helpers import graph
+from helpers.graph import operators
+from helpers.graph.operators import Holds
 
-# Operator → its inputs: (mask, bias, past, axis of the past's length).
-_INPUTS = {"Attention": (3, 5, 4, 3), "MultiHeadAttention": (4, 5, 6, 2)}
+_KINDS = {(graph.MICROSOFT, "Attention"), (graph.MICROSOFT, "MultiHeadAttention")}
+_READ = (Holds.HIDDEN, Holds.QUERY, Holds.KEY, Holds.MASK, Holds.BIAS, Holds.PAST, Holds.PAST_KEY)
 MASKED = -5e3  # scores at most this low have been masked: by -1e4, -1e6, the smallest float, …
 
 
 def reads(node: onnx.NodeProto) -> list[str]:
     """The tensors that tell what `node` masks; none where it is no such operator."""
-    if node.domain != graph.MICROSOFT or node.op_type not in _INPUTS:
+    if (node.domain, node.op_type) not in _KINDS:
         return []
-    mask, bias, past, _ = _INPUTS[node.op_type]
-    wanted = [0, mask, bias, past] + ([1] if node.op_type == "MultiHeadAttention" else [])
+    wanted = operators.numbers(node, *_READ)
     return [node.input[at] for at in wanted if at < len(node.input) and node.input[at]]
 
 
 def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
     """True where `node` masks a score, (B, 1 or N, S, T)."""
+    operator = operators.of(node)
 
-    def given(at: int) -> np.ndarray | None:
-        name = node.input[at] if at < len(node.input) else ""
-        return values.get(name)
+    def given(*holds: Holds) -> tuple[operators.Input | None, np.ndarray | None]:
+        """The input that holds one of these, and its values; None where it is not given."""
+        one = next(iter(operator.holding(*holds)), None)
+        within = one is not None and one.number < len(node.input)
+        return one, values.get(node.input[one.number]) if within else None
 
-    mask_at, bias_at, past_at, axis = _INPUTS[node.op_type]
-    query, mask, bias, past = (given(at) for at in (0, mask_at, bias_at, past_at))
+    _, query = given(Holds.HIDDEN, Holds.QUERY)
+    key_input, key = given(Holds.KEY)
+    past_input, past = given(Holds.PAST, Holds.PAST_KEY)
+    _, mask = given(Holds.MASK)
+    _, bias = given(Holds.BIAS)
     batch, queries = query.shape[:2]
-    keys = queries
-    if node.op_type == "MultiHeadAttention" and (key := given(1)) is not None:
-        keys = key.shape[2] if key.ndim == 4 else key.shape[1]
-    if past is not None:
-        keys += past.shape[axis]
+    keys = queries if key is None else key.shape[key_input.axis("L", key.ndim)]
+    keys += 0 if past is None else past.shape[past_input.axis("P", past.ndim)]
     hidden = np.zeros((batch, 1, queries, keys), bool)
     if mask is not None:
         hidden = hidden | _of_mask(mask, batch, queries, keys)
