@@ -8,6 +8,7 @@ import pytest
 from onnx import helper
 
 from helpers import files, graph
+from helpers.feeds.operator_masks import masked
 from helpers.graph import operators
 from helpers.graph.operators import OPERATORS, Holds, Input, Operator
 
@@ -52,9 +53,7 @@ def laid(array: np.ndarray, axes: str, layout: str) -> np.ndarray:
     for axis in reversed([axis for axis in array_axes if axis not in wanted]):
         array = array.take(0, axis=array_axes.index(axis))
         array_axes.remove(axis)
-    own = dict(zip(array_axes, array.shape, strict=True))
-    array = array.transpose([array_axes.index(axis) for axis in wanted])
-    return array.reshape(operators.shapes(layout, own)[0])
+    return operators.laid(array, " ".join(array_axes), layout)
 
 
 class Case:
@@ -146,7 +145,7 @@ class Case:
         made = [f"y{at}" for at in range(min(outputs, len(self.operator.presents) + 1))]
         domain, op_type = self.kind
         attributes = {name: value for name, value in self.attributes.items() if value}
-        node = helper.make_node(op_type, names, made, domain=domain, **attributes)
+        self.node = node = helper.make_node(op_type, names, made, domain=domain, **attributes)
         inputs = [
             helper.make_tensor_value_info(
                 f"i{at}", helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim
@@ -157,7 +156,8 @@ class Case:
         opsets = [helper.make_opsetid("", 24), helper.make_opsetid(graph.MICROSOFT, 1)]
         model = helper.make_model(body, opset_imports=opsets, ir_version=10)
         session = files.session(model.SerializeToString(), optimise=False)
-        result = session.run(None, {f"i{at}": array for at, array in self.arrays.items()})[0]
+        self.values = {f"i{at}": array for at, array in self.arrays.items()}
+        result = session.run(None, self.values)[0]
         return (
             result.swapaxes(1, 2).reshape(len(result), result.shape[2], -1)
             if result.ndim == 4
@@ -179,7 +179,7 @@ class Case:
         groups = s["N"] // k.shape[1]
         k, v = (one.repeat(groups, axis=1) for one in (k, v))
         scores = q @ k.swapaxes(-1, -2) / np.sqrt(s["D"]) + plain.get(Holds.BIAS, 0)
-        scores = np.where(self._kept(), scores, -np.inf)
+        scores = np.where(self.kept(), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         total = weights.sum(axis=-1, keepdims=True)
         if Holds.SINK in plain:
@@ -234,7 +234,7 @@ class Case:
             return joined[0], joined[1]
         return np.concatenate([past_k, k], axis=2), np.concatenate([past_v, v], axis=2)
 
-    def _kept(self) -> np.ndarray:
+    def kept(self) -> np.ndarray:
         s, plain = self.sizes, self.plain
         at = np.arange(s["T"])
         kept = np.ones((s["B"], 1, 1, s["T"]), bool) & plain.get(Holds.MASK, True)
@@ -292,6 +292,8 @@ def given(kind: tuple[str, str], one: Input, layout: str, single: str = "") -> C
 def test_a_layout_is_taken(kind, one, layout, single):
     case = given(kind, one, layout, single)
     np.testing.assert_allclose(case.run(), case.expected(), atol=2e-5)
+    hidden, kept = np.broadcast_arrays(masked(case.node, case.values), case.kept())
+    np.testing.assert_array_equal(hidden, ~kept)
 
 
 def refused_layouts():

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -272,6 +273,13 @@ def held(node: ir.Node | onnx.NodeProto, number: int) -> set[Holds]:
     """What the input of that number of `node` may hold; nothing where the table has it not."""
     operator = of(node)
     return {one.holds for one in operator.inputs if one.number == number} if operator else set()
+
+
+def laid(array: np.ndarray, axes: str, layout: str) -> np.ndarray:
+    """`array` of the `axes` "B N S D" in another layout of these: "B S N·D", say."""
+    sizes = dict(zip(axes.split(), array.shape, strict=True))
+    order = [axes.split().index(axis) for axis in layout.replace("·", " ").split()]
+    return array.transpose(order).reshape(shapes(layout, sizes)[0])
 
 
 def shapes(layout: str, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
