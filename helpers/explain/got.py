@@ -1,0 +1,133 @@
+"""What a fused operator got, and what it computes with: its operands, heads and scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from helpers.graph import operators
+from helpers.graph.operators import Holds, Input
+
+CLOSE = 2e-3  # of the largest number: rounding, in float16 as well
+ROLES = (Holds.QUERY, Holds.KEY, Holds.VALUE)
+
+
+@dataclass
+class Operand:
+    """Queries, keys or values as an operator computes with them, in a layout of the input `one`."""
+
+    array: np.ndarray
+    layout: str
+    one: Input
+
+
+@dataclass
+class Got:
+    """The inputs `given` to the operator `node`, one of `operators.OPERATORS`, by number, and its
+    first output; None where it `refused`, with what it said."""
+
+    node: onnx.NodeProto
+    given: dict[int, np.ndarray]
+    output: np.ndarray | None
+    refused: str = ""
+
+    @property
+    def operator(self) -> operators.Operator:
+        return operators.of(self.node)
+
+    @property
+    def name(self) -> str:
+        return f"{self.node.domain}.{self.node.op_type}".lstrip(".")
+
+    def input(self, one: Input) -> str:
+        """An input for a reader."""
+        return f"{self.name}, input {one.number} ({one.name})"
+
+    def attribute(self, name: str, default: float = 0) -> float:
+        given = {one.name: one for one in self.node.attribute}
+        return onnx.helper.get_attribute_value(given[name]) if name in given else default
+
+    def held(self, *holds: Holds) -> tuple[Input, np.ndarray] | tuple[None, None]:
+        """The input that holds one of these, and its array; None where it is not given, or has so
+        many axes as no layout of it."""
+        for one in self.operator.holding(*holds):
+            array = self.given.get(one.number)
+            if array is not None and one.layout(array.ndim) is not None:
+                return one, array
+        return None, None
+
+    def heads(self, *, of_keys: bool = False) -> int:
+        """The number of heads that the operator takes there to be."""
+        _, array = self.held(Holds.KEY if of_keys else Holds.QUERY)
+        if array is not None and array.ndim == 4:
+            return array.shape[1]
+        return int(self.attribute(self.operator.key_heads if of_keys else self.operator.heads, 1))
+
+    @property
+    def hidden(self) -> int:
+        """The width of all heads of the queries, N·D."""
+        query = self.operands().get(Holds.QUERY)
+        if query is None:
+            return 0
+        shape = query.array.shape
+        return shape[1] * shape[3] if len(shape) == 4 else shape[-1]
+
+    @property
+    def past(self) -> int:
+        """How many past keys it is given."""
+        one, array = self.held(*operators.PASTS)
+        return 0 if one is None else array.shape[one.axis("P", array.ndim)]
+
+    @property
+    def scale(self) -> float:
+        """What it multiplies its scores with: 1/√D where no scale is given."""
+        return self.attribute("scale") or (self.hidden / self.heads()) ** -0.5
+
+    def operands(self) -> dict[Holds, Operand]:
+        """What it computes with, projected and with biases; those in no layout are left out."""
+        _, hidden = self.held(Holds.HIDDEN)
+        weights, matrix = self.held(Holds.WEIGHTS)
+        _, bias = self.held(Holds.PROJECTION_BIAS)
+        if hidden is not None and matrix is not None:
+            return self._split(hidden @ matrix + (0 if bias is None else bias), weights)
+        packed, array = self.held(Holds.PACKED)
+        if packed is not None and 1 not in self.given:
+            return self._split(array, packed)
+        found = {}
+        for role in ROLES:
+            one, array = self.held(role)
+            if one is not None:
+                found[role] = Operand(array, one.layout(array.ndim), one)
+        if bias is not None and all(one.array.ndim == 3 for one in found.values()):
+            ends = np.cumsum([one.array.shape[-1] for one in found.values()])[:-1]
+            for operand, part in zip(found.values(), np.split(bias, ends), strict=True):
+                operand.array = operand.array + part
+        return found
+
+    def _split(self, whole: np.ndarray, one: Input) -> dict[Holds, Operand]:
+        """The three parts of a packed product, [Q|K|V] on its last axis."""
+        own, keys = self.heads(), int(self.attribute(self.operator.key_heads, 1))
+        width = whole.shape[-1] // (own + 2 * keys)
+        sizes = self.attribute("qkv_hidden_sizes", 0) or [own * width, keys * width, keys * width]
+        parts = np.split(whole, np.cumsum(sizes)[:2], axis=-1)
+        layouts = ("B S N·D", "B S K·D", "B S K·V")
+        return {
+            role: Operand(part, layout, one)
+            for role, part, layout in zip(ROLES, parts, layouts, strict=True)
+        }
+
+
+def factor(array: np.ndarray, other: np.ndarray) -> float | None:
+    """By which number `other` is multiplied in `array`, of the same size; None where by no one."""
+    array, other = (one.astype(np.float64).ravel() for one in (array, other))
+    squares = other @ other
+    if not squares:
+        return None if array.any() else 1.0
+    by = float(array @ other / squares)
+    if not np.isfinite(by) or not by:
+        return None
+    if np.abs(array - by * other).max() > CLOSE * abs(by) * np.abs(other).max():
+        return None
+    return 1.0 if abs(by - 1) < CLOSE else by

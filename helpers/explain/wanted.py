@@ -1,0 +1,253 @@
+"""What the operator of a wrong site wants, and what it got: told from values, not from shapes.
+
+What an operator got is held against what the original graph has at its site: operands in the
+layouts that `graph.operators` has for them, heads, scale, mask and bias. What differs is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from helpers.explain import operand_order
+from helpers.explain.got import CLOSE, Got, factor
+from helpers.explain.site_numbers import SiteNumbers
+from helpers.feeds import operator_masks
+from helpers.graph import operators
+from helpers.graph.operators import Holds, laid
+
+_FLOATS = {"float16", "float32", "float64"}
+_MASKS = (Holds.MASK, Holds.COUNT, Holds.ENDS, Holds.LAST)
+_TYPED = {*_MASKS, Holds.BIAS, Holds.TOTAL}
+
+
+def right(got: Got, site: SiteNumbers) -> bool:
+    """Whether the operator gives what the original has, in rows that have a key."""
+    if got.output is None:
+        return False
+    layout = "B N S V" if got.output.ndim == 4 else "B S N·V"
+    context = laid(site.context, "B N S V", layout)
+    if got.output.shape != context.shape:
+        return False
+    alive = ~site.hidden.all(axis=-1, keepdims=True)
+    rows = laid(np.broadcast_to(alive, site.context.shape), "B N S V", layout)
+    return factor(got.output[rows], context[rows]) == 1
+
+
+def lines(got: Got, site: SiteNumbers) -> list[str]:
+    """What differs between what the operator got and what the original has at its `site`."""
+    factors, differs = operand_order.told(got, site)
+    heads = [*_heads(got, site)]
+    same = {Holds.QUERY, Holds.KEY} <= {*factors} and not heads
+    scale = [*_scale(got, site, factors)] if same else []
+    hidden = None if got.refused else _hidden(got, site)
+    masks = [] if hidden is None else [*_masks(got, site, hidden), *_added(got, site, hidden)]
+    found = [*_refused(got, site), *heads, *differs, *scale, *masks]
+    if found:
+        return found
+    agree = [str(role) for role in factors] + ["scale"] * (site.scale is not None and same)
+    agree += [] if hidden is None else ["mask", "what is added to the scores"]
+    return [
+        f"{got.name}: {', '.join(agree) or 'nothing that could be held against the original'}"
+        f"{' agree with the original' if agree else ''}; what it gives does not"
+    ]
+
+
+# ── Refusals ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _refused(got: Got, site: SiteNumbers) -> Iterator[str]:
+    """Which input the kernel refuses, with what it takes, and what it says itself."""
+    if not got.refused:
+        return
+    sizes = _sizes(got, site)
+    for number, array in sorted(got.given.items()):
+        inputs = [one for one in got.operator.inputs if one.number == number]
+        layouts = dict.fromkeys(layout for one in inputs for layout in one.layouts)
+        types = {one.type for one in inputs if one.holds in _TYPED}
+        if types and array.dtype.name not in types | (_FLOATS if "float32" in types else set()):
+            wants, found = " or ".join(sorted(types)), array.dtype.name
+            yield f"{got.input(inputs[0])}: wants {wants}, got {found}"
+        elif layouts and not any(_fits(layout, sizes, array.shape) for layout in layouts):
+            wants = " or ".join(_layout(layout, sizes) for layout in layouts)
+            yield f"{got.input(inputs[0])}: wants {wants}, got {array.shape}"
+    yield f"{got.name} does not run: {short(got.refused)}"
+
+
+def _sizes(got: Got, site: SiteNumbers) -> dict[str, int]:
+    """Of each symbol of a layout, as the original has them."""
+    sizes = site.sizes
+    sizes |= {"P": got.past, "L": sizes["T"] - got.past, "K": got.heads(of_keys=True)}
+    _, hidden = got.held(Holds.HIDDEN)
+    return sizes if hidden is None else sizes | {"H": hidden.shape[-1]}
+
+
+def _fits(layout: str, sizes: dict[str, int], shape: tuple[int, ...]) -> bool:
+    try:
+        return shape in operators.shapes(layout, sizes)
+    except KeyError:  # a size that the site does not tell
+        return len(layout.split()) == len(shape)
+
+
+def _layout(layout: str, sizes: dict[str, int]) -> str:
+    """A layout for a reader, with its shape: (B or 1, N or 1, S, T) = (2, 4, 5, 5)."""
+    text = "(" + ", ".join(axis.replace("|", " or ") for axis in layout.split()) + ")"
+    try:
+        return f"{text} = {operators.shapes(layout, sizes)[0]}"
+    except KeyError:
+        return text
+
+
+def short(message: str) -> str:
+    """What ONNX Runtime says, in a line, without where in its code."""
+    text = " ".join(message.split())
+    text = re.split(r"Status Message: |\[\w*InferenceError\] |Type Error: ", text)[-1]
+    return text.split(" was false. ")[-1][:160].strip()
+
+
+# ── Heads and scale ─────────────────────────────────────────────────────────────────────────────
+
+
+def _heads(got: Got, site: SiteNumbers) -> Iterator[str]:
+    total, operator = site.sizes["N"], got.operator
+    if got.heads() != total:
+        yield f"{got.name}, {operator.heads}: the original has {total} heads, got {got.heads()}"
+        return
+    own, apart = got.heads(of_keys=True), _apart(site.key)
+    if operator.key_heads != operator.heads and own < apart:
+        yield f"{got.name}, {operator.key_heads}: the original's keys have {apart} heads, got {own}"
+
+
+def _apart(key: np.ndarray) -> int:
+    """How many heads of keys there are, each repeated for a group of heads of queries."""
+    total = key.shape[1]
+    for count in range(1, total):
+        if (
+            total % count == 0
+            and (key == key[:, :: total // count].repeat(total // count, 1)).all()
+        ):
+            return count
+    return total
+
+
+def _scale(got: Got, site: SiteNumbers, factors: dict[Holds, float]) -> Iterator[str]:
+    """Whether the scores are multiplied as in the original, its own operands taken."""
+    before = factors[Holds.QUERY] * factors[Holds.KEY]
+    if site.scale is not None and abs(got.scale * before / site.scale - 1) > CLOSE:
+        own = f"{got.scale:.4g}" + ("" if got.attribute("scale") else ", its default 1/√D")
+        before = f", of queries and keys that come times {before:.4g}" if before != 1 else ""
+        twice = abs(got.scale * factors[Holds.QUERY] * factors[Holds.KEY] / site.scale / got.scale)
+        text = ": scaled twice" if abs(twice - 1) < CLOSE and site.scale != 1 else ""
+        yield (
+            f"{got.name}, scale: the original multiplies q·kᵀ by {site.scale:.4g}, the operator by"
+            f" {own}{before}{text}"
+        )
+    cap = got.attribute("softcap")
+    if site.scale is not None and abs(cap - site.softcap) > CLOSE * max(cap, site.softcap):
+        yield f"{got.name}, softcap: the original has {site.softcap:.4g}, got {cap:.4g}"
+
+
+# ── Mask and bias ───────────────────────────────────────────────────────────────────────────────
+
+
+def _values(got: Got) -> dict[str, np.ndarray]:
+    return {got.node.input[number]: array for number, array in got.given.items()}
+
+
+def _hidden(got: Got, site: SiteNumbers) -> np.ndarray | None:
+    """What the operator masks, (B, N, S, T); None where it has other sizes than the site."""
+    hidden = operator_masks.masked(got.node, _values(got))
+    try:
+        return np.broadcast_to(hidden, site.hidden.shape)
+    except ValueError:
+        return None
+
+
+def _masks(got: Got, site: SiteNumbers, hidden: np.ndarray) -> Iterator[str]:
+    """Whether the same keys are masked, in rows that have a key in the original."""
+    alive = ~site.hidden.all(axis=-1, keepdims=True)
+    later = operator_masks.later(hidden)
+    place, wanted = alive & np.ones_like(hidden), site.hidden
+    if later.any():
+        in_original = wanted[place & later].all()
+        in_operator = hidden[place & later].all()
+        if in_original != in_operator:
+            place = place & ~later
+            causal = f"{got.name}, {got.operator.causal}"
+            if in_original:
+                yield f"{causal}: the original masks later keys (causal), the operator does not"
+            else:
+                yield f"{causal}: the operator masks later keys (causal), the original does not"
+    found, wanted = hidden[place], wanted[place]
+    if (found == wanted).all():
+        return
+    name = _mask_name(got, masks=bool(found.any()))
+    if (found == ~wanted).all():
+        yield f"{name}: in the opposite sense: masks the keys that the original keeps"
+    elif not found.any() and _zeros_and_ones(got):
+        yield (
+            f"{name}: numbers 1 and 0 are added to the scores, and mask nothing; it wants 0 and a"
+            " very low number, or in the standard Attention bool, True where a key is kept"
+        )
+    elif not found.any():
+        given = "is given no mask" if got.held(*_MASKS)[0] is None else "none"
+        some = f"{wanted.sum()} of {wanted.size} scores"
+        yield f"{name}: the original masks {some}, the operator {given}"
+    elif not wanted.any():
+        yield f"{name}: masks {found.sum()} of {found.size} scores, the original none"
+    else:
+        apart = (found != wanted).sum()
+        yield f"{name}: masks other keys than the original in {apart} of {found.size} scores"
+
+
+def _mask_name(got: Got, *, masks: bool) -> str:
+    """The input that masks, or that would."""
+    mask, _ = got.held(*_MASKS)
+    bias, _ = got.held(Holds.BIAS)
+    if mask is None and masks and bias is not None:
+        return got.input(bias)
+    return got.input(mask or got.operator.holding(*_MASKS, Holds.BIAS)[0])
+
+
+def _zeros_and_ones(got: Got) -> bool:
+    """Whether what is added to the scores looks like a mask of 1 and 0."""
+    added = operator_masks.added(got.node, _values(got))
+    return added is not None and {*np.unique(added)} == {0, 1}
+
+
+def _added(got: Got, site: SiteNumbers, hidden: np.ndarray) -> Iterator[str]:
+    """Whether the same is added to the scores that neither masks, up to a number for each row."""
+    seen = ~(hidden | site.hidden)
+    added = operator_masks.added(got.node, _values(got))
+    one = got.operator.holding(Holds.BIAS)[0]
+    wants = _level(site.added, seen)
+    found = _level(np.zeros(1) if added is None else added, seen)
+    most = CLOSE * max(1.0, np.abs(wants).max(), np.abs(found).max())
+    told = _zeros_and_ones(got) and site.hidden.any()  # of a mask that is added
+    if np.abs(found - wants).max() <= most or told:
+        return
+    if np.abs(found).max() <= most:
+        yield f"{got.input(one)}: the original adds a bias to the scores, the operator none"
+    elif np.abs(wants).max() <= most:
+        yield f"{got.input(one)}: adds a bias to the scores, the original none"
+    elif (by := factor(found, wants)) is not None:
+        times = {2.0: "twice", -1.0: "with the other sign"}.get(round(by, 2), f"times {by:.3g}")
+        yield f"{got.input(one)}: the original's bias is added {times}"
+    elif found.shape[-1] == found.shape[-2] and factor(_turned(added, seen), wants) == 1:
+        yield f"{got.input(one)}: wants the bias as (…, S, T), got it transposed, (…, T, S)"
+    else:
+        apart = np.abs(found - wants).max()
+        yield f"{got.input(one)}: another bias than the original's, by up to {apart:.2g}"
+
+
+def _turned(added: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    return _level(added.swapaxes(-1, -2), seen)
+
+
+def _level(added: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """`added` where it is `seen`, 0 elsewhere, less the mean of each row, which changes nothing."""
+    added = np.where(seen, added, 0.0).astype(np.float64)
+    counts = np.maximum(seen.sum(axis=-1, keepdims=True), 1)
+    return np.where(seen, added - added.sum(axis=-1, keepdims=True) / counts, 0.0)

@@ -1,0 +1,305 @@
+"""What `explain` says of a site that is fused and wrong: what its operator wants, and what it got.
+
+Each graph is the attention of `SITE` with one operator in its place, right but for one thing.
+"""
+
+import re
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from helpers import feeds, files
+from helpers.explain import wrong_sites
+
+MICROSOFT = "com.microsoft."
+HEAD = """
+<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+tiny (float[batch,6,8] given, int64[batch,6] mask) => (float[batch,6,8] y)
+{
+"""
+START = """
+  [n_first] x = LayerNormalization <axis = -1> (given, gamma, beta)
+  [n_q] q0 = MatMul (x, wq)
+  [n_q_bias] q1 = Add (q0, bq)
+  [n_k] k0 = MatMul (x, wk)
+  [n_v] v0 = MatMul (x, wv)
+  [n_v_bias] v1 = Add (v0, bv)
+  [n_keys] kept = Cast <to = 9> (mask)
+"""
+SPLIT = """
+  [n_q_heads] q2 = Reshape (q1, heads)
+  [n_q_transpose] q = Transpose <perm = [0, 2, 1, 3]> (q2)
+  [n_k_heads] k1 = Reshape (k0, heads)
+  [n_k_transpose] k = Transpose <perm = [0, 2, 3, 1]> (k1)
+  [n_v_heads] v2 = Reshape (v1, heads)
+  [n_v_transpose] v = Transpose <perm = [0, 2, 1, 3]> (v2)
+"""
+SITE = """
+  [n_scores] s0 = MatMul (q, k)
+  [n_scale] s1 = Mul (s0, scale)
+  [n_near] s2 = Add (s1, near)
+  [n_keep] kept4 = Unsqueeze (kept, middle)
+  [n_mask] s3 = Where (kept4, s2, lowest)
+  [n_softmax] p = Softmax <axis = -1> (s3)
+  [n_context] c0 = MatMul (p, v)
+"""
+MERGE = """
+  [n_merge] c1 = Transpose <perm = [0, 2, 1, 3]> (c0)
+  [n_flat] c2 = Reshape (c1, flat)
+"""
+PROJECTION = """
+  [n_o] o0 = MatMul (c2, wo)
+  [n_o_bias] o1 = Add (o0, bo)
+"""
+END = """
+  [n_residual] r = Add (x, o1)
+  [n_norm] y = LayerNormalization <axis = -1> (r, gamma, beta)
+}
+"""
+# Ways to fuse it that are right.
+MULTI = """
+  m32 = Cast <to = 6> (mask)
+  [n_fused] c2 = com.microsoft.MultiHeadAttention
+    <num_heads = 2, scale = 0.3> (q1, k0, v1, , m32, near)
+"""
+STANDARD = """
+  kh = Transpose <perm = [0, 2, 1, 3]> (k1)
+  kept_all = Unsqueeze (kept, middle)
+  full = Expand (kept_all, scores_shape)
+  bias = Where (full, near, lowest)
+  [n_fused] c0 = Attention <scale = 0.3> (q, kh, v, bias)
+"""
+PACKED = """
+  m32 = Cast <to = 6> (mask)
+  [n_fused] c2 = com.microsoft.Attention
+    <num_heads = 2, scale = 0.3> (x, packed, packed_bias, m32, , near)
+"""
+
+
+def arrays() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    made = {name: normal(8, 8) / 2 for name in ("wq", "wk", "wv", "wo")}
+    made |= {name: normal(8) for name in ("bq", "bv", "bo")}
+    made |= {"near": normal(1, 2, 6, 6), "gamma": np.full(8, 1.5), "beta": np.full(8, 0.25)}
+    made |= {"scale": np.array(0.3), "lowest": np.array(-1e9), "two": np.array(2.0)}
+    made["packed"] = np.concatenate([made["wq"], made["wk"], made["wv"]], axis=1)
+    made["packed_bias"] = np.concatenate([made["bq"], np.zeros(8), made["bv"]])
+    heads = [one.reshape(8, 2, 4) for one in (made["wq"], made["wk"], made["wv"])]
+    made["packed_by_head"] = np.stack(heads, axis=2).reshape(8, 24)
+    biases = [one.reshape(2, 4) for one in (made["bq"], np.zeros(8), made["bv"])]
+    made["packed_bias_by_head"] = np.stack(biases, axis=1).reshape(24)
+    found = {name: array.astype(np.float32) for name, array in made.items()}
+    found |= {"heads": np.array([0, 0, 2, 4]), "flat": np.array([0, 0, 8])}
+    found |= {"middle": np.array([1, 2]), "scores_shape": np.array([1, 1, 6, 6])}
+    found |= {"row": np.array([2]), "six": np.array([-1, 6, 8]), "whole": np.array([0, 2, 6, 4])}
+    return found
+
+
+def written(path, *parts: str) -> None:
+    """Write the graph of these parts, with the weights that it reads."""
+    proto = onnx.parser.parse_model(HEAD + "".join(parts))
+    read = {name for node in proto.graph.node for name in node.input}
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(array, name)
+        for name, array in arrays().items()
+        if name in read
+    )
+    onnx.save(proto, path)
+
+
+@pytest.fixture
+def wanted(tmp_path):
+    """What is told of the site, where it is fused so; None where parity holds."""
+    written(tmp_path / "a.onnx", START, SPLIT, SITE, MERGE, PROJECTION, END)
+
+    def told(fused: str, after: str = PROJECTION, end: str = END) -> list[str] | None:
+        written(tmp_path / "b.onnx", START, fused, after, end)
+        original = files.Opened(tmp_path / "a.onnx")
+        whole, wrong = wrong_sites.find(original, tmp_path / "b.onnx", *feeds.infer(original))
+        assert {*wrong} <= {0}
+        return None if whole.held else wrong[0]
+
+    return told
+
+
+@pytest.mark.parametrize("fused", [MULTI, SPLIT + STANDARD + MERGE, PACKED])
+def test_right_ones_are_not_told_of(wanted, fused):
+    assert wanted(fused) is None
+
+
+TURN = "Transpose <perm = [1, 0, 2]>"
+SWAPPED = f"tq = {TURN} (q1) tk = {TURN} (k0) tv = {TURN} (v1)"
+UNMASKED = MULTI.replace(", , m32, near", ", , , near")
+FAULTS = {
+    # queries, keys, values
+    "time-major": (
+        SWAPPED
+        + UNMASKED.replace("(q1, k0, v1, , , near)", "(tq, tk, tv)").replace("c2 =", "t =")
+        + f"c2 = {TURN} (t)",
+        [
+            "input 0 .query.: .* got them as .S, B, N·D. .*: time-major",
+            "input 1 .key.: .* got them as .T, B, N·D. .*: time-major",
+            "input 2 .value.: .* got them as .T, B, N·V. .*: time-major",
+        ],
+    ),
+    "heads first": (
+        SPLIT
+        + MULTI.replace("(q1,", "(q9,").replace("[n_fused]", "q9 = Reshape (q, six) [n_fused]"),
+        [
+            r"input 0 .query.: wants the queries as .B, S, N·D. = .*, got them as .B, N, S, D.,"
+            " reshaped to .* without a Transpose"
+        ],
+    ),
+    "keys transposed": (
+        SPLIT
+        + STANDARD.replace("Transpose <perm = [0, 2, 1, 3]> (k1)", "Reshape (k, whole)")
+        + MERGE,
+        [r"Attention, input 1 .K.: .* got them as .B, N, D, T., reshaped to .*"],
+    ),
+    "keys and values exchanged": (
+        MULTI.replace("k0, v1", "v1, k0"),
+        ["input 1 .key.: .* got the original's values", "input 2 .value.: .* the original's keys"],
+    ),
+    "queries and keys exchanged": (
+        MULTI.replace("q1, k0", "k0, q1"),
+        ["input 0 .query.: .* got the original's keys", "input 1 .key.: .* original's queries"],
+    ),
+    "another tensor": (
+        MULTI.replace("(q1,", "(x,"),
+        ["input 0 .query.: .* got another tensor of that shape"],
+    ),
+    "no bias of the projection": (
+        MULTI.replace("(q1,", "(q0,"),
+        ["input 0 .query.: .* got them with another bias of their projection, or with none"],
+    ),
+    "packed head by head": (
+        PACKED.replace("packed, packed_bias", "packed_by_head, packed_bias_by_head"),
+        [r"com.microsoft.Attention, input 1 .weights.: wants .Q.K.V., .* got them head by head"],
+    ),
+    # heads and scale
+    "heads": (
+        MULTI.replace("num_heads = 2", "num_heads = 4").replace(", near", ""),
+        ["num_heads: the original has 2 heads, got 4", ".*attention_bias.*the operator none"],
+    ),
+    "the default scale": (
+        MULTI.replace(", scale = 0.3", ""),
+        ["scale: the original multiplies q·kᵀ by 0.3, the operator by 0.5, its default 1/√D"],
+    ),
+    "scaled twice": (
+        MULTI.replace("(q1,", "(q9,").replace("[n_fused]", "q9 = Mul (q1, scale) [n_fused]"),
+        ["scale: .* by 0.3, of queries and keys that come times 0.3: scaled twice"],
+    ),
+    # bias and mask
+    "no bias": (
+        MULTI.replace(", near", ""),
+        ["attention_bias.: the original adds .* the operator none"],
+    ),
+    "bias twice": (
+        MULTI.replace("near", "near2").replace("[n_fused]", "near2 = Add (near, near) [n_fused]"),
+        ["input 5 .attention_bias.: the original's bias is added twice"],
+    ),
+    "bias of the other sign": (
+        MULTI.replace("near", "near2").replace("[n_fused]", "near2 = Neg (near) [n_fused]"),
+        ["input 5 .attention_bias.: the original's bias is added with the other sign"],
+    ),
+    "bias transposed": (
+        MULTI.replace("near", "near2").replace(
+            "[n_fused]", "near2 = Transpose <perm = [0, 1, 3, 2]> (near) [n_fused]"
+        ),
+        ["input 5 .attention_bias.: wants the bias as .*, got it transposed"],
+    ),
+    "no mask": (
+        UNMASKED,
+        ["key_padding_mask.: the original masks .*, the operator is given no mask"],
+    ),
+    "mask inverted": (
+        MULTI.replace("(mask)", "(hidden)").replace("m32 =", "hidden = Not (kept) m32 ="),
+        ["key_padding_mask.: in the opposite sense"],
+    ),
+    "a bool mask inverted": (
+        SPLIT + STANDARD.replace("Where (full, near, lowest)", "Not (full)") + MERGE,
+        ["attn_mask.: in the opposite sense"],  # so that no score is seen by both
+    ),
+    "a mask of numbers": (
+        SPLIT + STANDARD.replace("Where (full, near, lowest)", "Cast <to = 1> (full)") + MERGE,
+        ["attn_mask.: numbers 1 and 0 are added"],
+    ),
+    "causal": (
+        MULTI.replace("num_heads = 2", "num_heads = 2, unidirectional = 1"),
+        ["unidirectional: the operator masks later keys .causal., the original does not"],
+    ),
+    # what the kernel refuses
+    "a bias without rows": (
+        MULTI.replace("near)", "near1)").replace(
+            "[n_fused]", "near1 = ReduceMean <keepdims = 1> (near, row) [n_fused]"
+        ),
+        [
+            r"attention_bias.: wants .B or 1, N or 1, S, T. = .*, got .1, 2, 1, 6.",
+            "does not run: Input 'attention_bias' dimension 2 should be same as sequence_length",
+        ],
+    ),
+    "a mask of another type": (
+        MULTI.replace("m32,", "mask,"),
+        ["key_padding_mask.: wants int32, got int64", "does not run: Type 'tensor.int64.' .*"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_differs_is_told(wanted, fault):
+    fused, expected = FAULTS[fault]
+    told = wanted(fused)
+    assert told is not None
+    assert len(told) == len(expected), told
+    for line, pattern in zip(told, expected, strict=True):
+        assert re.search(pattern, line), line
+
+
+NAME = "com.microsoft.MultiHeadAttention is right; "
+AFTER = {
+    "no projection": (
+        "[n_o_bias] o1 = Identity (c2)",
+        END,
+        "what follows leaves out MatMul n_o, Add n_o_bias$",
+    ),
+    "no bias of the projection": (
+        "[n_o] o1 = MatMul (c2, wo)",
+        END,
+        "what follows leaves out Add n_o_bias",
+    ),
+    "the projection twice": (
+        PROJECTION.replace("o1 =", "o2 =") + "[n_more] o3 = MatMul (o2, wo) o1 = Add (o3, bo)",
+        END,
+        "MatMul n_more, after it, is applied twice",
+    ),
+    "transposed": (
+        PROJECTION.replace("o1 =", "o2 =")
+        + "o3 = Transpose <perm = [0, 2, 1]> (o2) [n_turned] o1 = Reshape (o3, six)",
+        END,
+        "Transpose .* gives Add n_o_bias transposed",
+    ),
+    "no projection, and no tensor of that name": (
+        "",
+        END.replace("o1", "c2"),
+        "what follows leaves out MatMul n_o, Add n_o_bias, before Add n_residual",
+    ),
+    "another projection": (
+        PROJECTION.replace("wo", "wq"),
+        END,
+        "MatMul n_o, after it, gives what the original has nowhere, which goes on with MatMul n_o",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", AFTER)
+def test_what_follows_is_told(wanted, fault):
+    """The operator is right, and what comes after it is not."""
+    after, end, expected = AFTER[fault]
+    (line,) = wanted(MULTI, after, end)
+    assert re.search(NAME + expected, line), line
