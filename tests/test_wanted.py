@@ -4,6 +4,7 @@ Each graph is the attention of `SITE` with one operator in its place, right but 
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,6 +59,44 @@ END = """
   [n_norm] y = LayerNormalization <axis = -1> (r, gamma, beta)
 }
 """
+# Other ways to write the site, of which nothing is fused otherwise: Einsum; and (B·N, S, D).
+EINSUM = """
+  [n_q_heads] q2 = Reshape (q1, heads)
+  [n_k_heads] k1 = Reshape (k0, heads)
+  [n_v_heads] v2 = Reshape (v1, heads)
+  [n_scores] s0 = Einsum <equation = "bqhd,bkhd->bhqk"> (q2, k1)
+  [n_scale] s1 = Mul (s0, scale)
+  [n_near] s2 = Add (s1, near)
+  [n_keep] kept4 = Unsqueeze (kept, middle)
+  [n_mask] s3 = Where (kept4, s2, lowest)
+  [n_softmax] p = Softmax <axis = -1> (s3)
+  [n_context] c1 = Einsum <equation = "bhqk,bkhd->bqhd"> (p, v2)
+  [n_flat] c2 = Reshape (c1, flat)
+"""
+FLAT = """
+  q9 = Mul (q1, scale)
+  [n_q_heads] q2 = Reshape (q9, heads)
+  [n_q_transpose] q3 = Transpose <perm = [0, 2, 1, 3]> (q2)
+  q = Reshape (q3, rows)
+  [n_k_heads] k1 = Reshape (k0, heads)
+  [n_k_transpose] k3 = Transpose <perm = [0, 2, 1, 3]> (k1)
+  k4 = Reshape (k3, rows)
+  k = Transpose <perm = [0, 2, 1]> (k4)
+  [n_v_heads] v2 = Reshape (v1, heads)
+  [n_v_transpose] v3 = Transpose <perm = [0, 2, 1, 3]> (v2)
+  v = Reshape (v3, rows)
+  [n_scores] s0 = MatMul (q, k)
+  s1 = Reshape (s0, apart)
+  [n_near] s2 = Add (s1, near)
+  [n_keep] kept4 = Unsqueeze (kept, middle)
+  [n_mask] s3 = Where (kept4, s2, lowest)
+  s4 = Reshape (s3, together)
+  [n_softmax] p = Softmax <axis = -1> (s4)
+  [n_context] c9 = MatMul (p, v)
+  c0 = Reshape (c9, heads_first)
+  [n_merge] c1 = Transpose <perm = [0, 2, 1, 3]> (c0)
+  [n_flat] c2 = Reshape (c1, flat)
+"""
 # Ways to fuse it that are right.
 MULTI = """
   m32 = Cast <to = 6> (mask)
@@ -97,40 +136,37 @@ def arrays() -> dict[str, np.ndarray]:
     found = {name: array.astype(np.float32) for name, array in made.items()}
     found |= {"heads": np.array([0, 0, 2, 4]), "flat": np.array([0, 0, 8])}
     found |= {"middle": np.array([1, 2]), "scores_shape": np.array([1, 1, 6, 6])}
+    found |= {"rows": np.array([-1, 6, 4]), "apart": np.array([-1, 2, 6, 6])}
+    found |= {"together": np.array([-1, 6, 6]), "heads_first": np.array([-1, 2, 6, 4])}
     found |= {"row": np.array([2]), "six": np.array([-1, 6, 8]), "whole": np.array([0, 2, 6, 4])}
     return found
 
 
-def written(path, *parts: str) -> None:
+def written(path, *parts: str, weights: dict[str, np.ndarray] | None = None) -> None:
     """Write the graph of these parts, with the weights that it reads."""
-    proto = onnx.parser.parse_model(HEAD + "".join(parts))
+    proto = onnx.parser.parse_model((WIDE if weights else HEAD) + "".join(parts))
     read = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(
         onnx.numpy_helper.from_array(array, name)
-        for name, array in arrays().items()
+        for name, array in (weights or arrays()).items()
         if name in read
     )
     onnx.save(proto, path)
 
 
-@pytest.fixture
-def wanted(tmp_path):
+def told(folder, fused: str, after: str = PROJECTION, end: str = END, plain: str = "") -> Any:
     """What is told of the site, where it is fused so; None where parity holds."""
-    written(tmp_path / "a.onnx", START, SPLIT, SITE, MERGE, PROJECTION, END)
-
-    def told(fused: str, after: str = PROJECTION, end: str = END) -> list[str] | None:
-        written(tmp_path / "b.onnx", START, fused, after, end)
-        original = files.Opened(tmp_path / "a.onnx")
-        whole, wrong = wrong_sites.find(original, tmp_path / "b.onnx", *feeds.infer(original))
-        assert {*wrong} <= {0}
-        return None if whole.held else wrong[0]
-
-    return told
+    written(folder / "a.onnx", START, plain or SPLIT + SITE + MERGE, PROJECTION, END)
+    written(folder / "b.onnx", START, fused, after, end)
+    original = files.Opened(folder / "a.onnx")
+    whole, wrong = wrong_sites.find(original, folder / "b.onnx", *feeds.infer(original))
+    assert {*wrong} <= {0}
+    return None if whole.held else wrong[0]
 
 
 @pytest.mark.parametrize("fused", [MULTI, SPLIT + STANDARD + MERGE, PACKED])
-def test_right_ones_are_not_told_of(wanted, fused):
-    assert wanted(fused) is None
+def test_right_ones_are_not_told_of(tmp_path, fused):
+    assert told(tmp_path, fused) is None
 
 
 TURN = "Transpose <perm = [1, 0, 2]>"
@@ -252,12 +288,22 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_differs_is_told(wanted, fault):
+def test_what_differs_is_told(tmp_path, fault):
     fused, expected = FAULTS[fault]
-    told = wanted(fused)
-    assert told is not None
-    assert len(told) == len(expected), told
-    for line, pattern in zip(told, expected, strict=True):
+    found = told(tmp_path, fused)
+    assert len(found) == len(expected), found
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize("plain", [EINSUM, FLAT], ids=["Einsum", "(B·N, S, D)"])
+@pytest.mark.parametrize("fault", ["heads", "keys and values exchanged", "no bias", "no mask"])
+def test_however_the_site_is_written(tmp_path, plain, fault):
+    fused, expected = FAULTS[fault]
+    assert told(tmp_path, MULTI, plain=plain) is None
+    found = told(tmp_path, fused, plain=plain)
+    assert len(found) == len(expected), found
+    for line, pattern in zip(found, expected, strict=True):
         assert re.search(pattern, line), line
 
 
@@ -298,8 +344,110 @@ AFTER = {
 
 
 @pytest.mark.parametrize("fault", AFTER)
-def test_what_follows_is_told(wanted, fault):
+def test_what_follows_is_told(tmp_path, fault):
     """The operator is right, and what comes after it is not."""
     after, end, expected = AFTER[fault]
-    (line,) = wanted(MULTI, after, end)
+    (line,) = told(tmp_path, MULTI, after, end)
     assert re.search(NAME + expected, line), line
+
+
+# ── Heads that share keys ───────────────────────────────────────────────────────────────────────
+
+WIDE = HEAD.replace("6,8]", "6,16]")
+SHARED = """
+  [n_first] x = LayerNormalization <axis = -1> (given, gamma, beta)
+  [n_q] q0 = MatMul (x, wq)
+  [n_k] k0 = MatMul (x, wk)
+  [n_v] v0 = MatMul (x, wv)
+"""
+REPEATED = """
+  [n_q_heads] q2 = Reshape (q0, heads)
+  [n_q_transpose] q = Transpose <perm = [0, 2, 1, 3]> (q2)
+  [n_k_heads] k1 = Reshape (k0, heads)
+  [n_k_transpose] k3 = Transpose <perm = [0, 2, 1, 3]> (k1)
+  [n_k_repeat] k4 = Expand (k3, groups)
+  k = Transpose <perm = [0, 1, 3, 2]> (k4)
+  [n_v_heads] v2 = Reshape (v0, heads)
+  [n_v_transpose] v3 = Transpose <perm = [0, 2, 1, 3]> (v2)
+  [n_v_repeat] v = Expand (v3, groups)
+"""
+CAUSAL = """
+  [n_scores] s0 = MatMul (q, k)
+  [n_scale] s1 = Mul (s0, scale)
+  [n_mask] s3 = Where (lower, s1, lowest)
+  [n_softmax] p = Softmax <axis = -1> (s3)
+  [n_context] c0 = MatMul (p, v)
+"""
+LAST = """
+  [n_o] y = MatMul (c2, wo)
+}
+"""
+GROUPED = """
+  rows = Shape <start = 0, end = 1> (x)
+  lasts = Expand (five, rows)
+  [n_fused] c2 = com.microsoft.GroupQueryAttention
+    <num_heads = 2, kv_num_heads = 1, scale = 0.3> (q0, k0, v0, , , lasts, six)
+"""
+SPLIT_UP = (
+    REPEATED.partition("[n_k_repeat]")[0]
+    + REPEATED.partition("(k4)")[2].partition("[n_v_repeat]")[0]
+)
+OWN_CAUSAL = "[n_fused] c0 = Attention <is_causal = 1, scale = 0.3> (q, k3, v3)"
+HALF = "kh = Slice (k0, from, to, last) vh = Slice (v0, from, to, last)"
+SHARING = {
+    "grouped": (1, GROUPED, []),
+    "standard": (1, SPLIT_UP + OWN_CAUSAL + MERGE, []),
+    "not causal": (
+        1, GROUPED.replace("scale = 0.3", "scale = 0.3, causal = 0"),
+        ["GroupQueryAttention, causal: the original masks later keys .causal., the operator does"],
+    ),
+    "not causal either": (
+        1, SPLIT_UP + OWN_CAUSAL.replace("is_causal = 1, ", "") + MERGE,
+        ["^Attention, is_causal: the original masks later keys .causal., the operator does not"],
+    ),
+    "a count of keys": (
+        1, GROUPED.replace("five", "six"),
+        [r"GroupQueryAttention does not run: seqlens_k.0. = 6 is out of range"],
+    ),
+    "keys for one head": (
+        2, HALF + GROUPED.replace("k0, v0", "kh, vh"),
+        ["GroupQueryAttention, kv_num_heads: the original's keys have 2 heads, got 1"],
+    ),
+    "keys with all heads": (
+        1, GROUPED.replace("kv_num_heads = 1", "kv_num_heads = 2"),
+        [r"input 1 .key.: wants .B, S, K·D. = .*, got .*, 6, 8.",
+         "input 2 .value.: wants", "GroupQueryAttention does not run: "],
+    ),
+}  # fmt: skip
+
+
+def sharing(heads: int) -> dict[str, np.ndarray]:
+    """Weights for two heads of width 8, and so many heads of keys."""
+    random = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return (random.normal(size=shape) / 2).astype(np.float32)
+
+    found = {"wq": normal(16, 16), "wo": normal(16, 16)}
+    found |= {"wk": normal(16, 8 * heads), "wv": normal(16, 8 * heads)}
+    found |= {"gamma": np.full(16, 1.5, np.float32), "beta": np.full(16, 0.25, np.float32)}
+    found |= {"scale": np.float32(0.3), "lowest": np.float32(-1e9)}
+    found |= {"lower": np.tri(6, dtype=bool), "groups": np.array([1, 2, 1, 1])}
+    found |= {"heads": np.array([0, 0, -1, 8]), "flat": np.array([0, 0, 16])}
+    found |= {"five": np.int32(5), "six": np.int32(6), "last": np.array([-1])}
+    return found | {"from": np.array([0]), "to": np.array([8])}
+
+
+@pytest.mark.parametrize("fault", SHARING)
+def test_heads_that_share_keys(tmp_path, fault):
+    heads, fused, expected = SHARING[fault]
+    weights = sharing(heads)
+    written(tmp_path / "a.onnx", SHARED, REPEATED, CAUSAL, MERGE, LAST, weights=weights)
+    written(tmp_path / "b.onnx", SHARED, fused, LAST, weights=weights)
+    original = files.Opened(tmp_path / "a.onnx")
+    whole, wrong = wrong_sites.find(original, tmp_path / "b.onnx", *feeds.infer(original))
+    assert whole.held == (not expected)
+    found = wrong.get(0, [])
+    assert len(found) == len(expected), found
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, line), line

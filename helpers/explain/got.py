@@ -54,7 +54,10 @@ class Got:
         many axes as no layout of it."""
         for one in self.operator.holding(*holds):
             array = self.given.get(one.number)
-            if array is not None and one.layout(array.ndim) is not None:
+            if array is None or one.layout(array.ndim) is None:
+                continue
+            ends = array.shape == (2 * len(self.given[0]),)  # (2·B,), and not (B,)
+            if one.holds is not Holds.COUNT or not ends:
                 return one, array
         return None, None
 

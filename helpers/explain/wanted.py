@@ -199,7 +199,8 @@ def _masks(got: Got, site: SiteNumbers, hidden: np.ndarray) -> Iterator[str]:
         yield f"{name}: masks {found.sum()} of {found.size} scores, the original none"
     else:
         apart = (found != wanted).sum()
-        yield f"{name}: masks other keys than the original in {apart} of {found.size} scores"
+        apart = f"in {apart} of {found.size} scores{_means(got)}"
+        yield f"{name}: masks other keys than the original {apart}"
 
 
 def _mask_name(got: Got, *, masks: bool) -> str:
@@ -209,6 +210,12 @@ def _mask_name(got: Got, *, masks: bool) -> str:
     if mask is None and masks and bias is not None:
         return got.input(bias)
     return got.input(mask or got.operator.holding(*_MASKS, Holds.BIAS)[0])
+
+
+def _means(got: Got) -> str:
+    """What a mask of one axis is by the operator's definition, which holes in it do not fit."""
+    one, _ = got.held(*_MASKS)
+    return f"; it is {one.holds}" if one is not None and one.holds is not Holds.MASK else ""
 
 
 def _zeros_and_ones(got: Got) -> bool:
