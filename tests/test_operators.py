@@ -353,6 +353,17 @@ def test_inputs_are_refused_together(kind, refused):
         case.run(refused.outputs)
 
 
+def test_a_window_has_the_query_itself_among_its_keys():
+    (one,) = OPERATORS[GROUPED].holding(Holds.BIAS)
+    case = given(GROUPED, one, one.layouts[0])
+    case.attributes["local_window_size"] = 2
+    result = case.run()
+    hidden = masked(case.node, case.values)
+    assert (~hidden).sum(axis=-1).ravel()[:5].tolist() == [1, 2, 2, 2, 2]
+    case.plain[Holds.BIAS] = np.where(hidden, -1e9, case.plain[Holds.BIAS])
+    np.testing.assert_allclose(result, case.expected(), atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
 def test_integers_are_added_to_the_scores(dtype):
     """A mask of 1 and 0 given to the standard Attention keeps all keys."""

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain.got import CLOSE
+from helpers.explain.got import rounding
 
 Values = dict[str, np.ndarray]
 _LISTED = 4  # nodes that a line names
@@ -37,9 +37,11 @@ def lines(
     rows has no key, and so no one value.
     """
     tensors = [original[node.outputs[0].name] for node in after]
-    reached = max(
-        (i for i, other in enumerate(tensors) if _same(result, other, lacking)), default=0
-    )
+    found = [i for i, other in enumerate(tensors) if _same(result, other, lacking)]
+    if not found:  # (B, S, N·V), and the original has (B, N, S, V) in another order after its site
+        rest = _listed(after[1:])
+        return [f"{name} is right, and gives all heads as (B, S, N·V); the original has {rest}"]
+    reached = found[-1]
     for node in nodes:
         array = fused[node.output[0]]
         if array.dtype.kind != "f":
@@ -100,6 +102,6 @@ def _same(array: np.ndarray, other: np.ndarray, lacking: float) -> bool:
     """Whether both have the same numbers in the same order, but for the rows `lacking` a key."""
     if array.size != other.size or other.dtype.kind != "f":
         return False
-    most = CLOSE * (np.abs(other).max(initial=0.0) or 1.0)
+    most = rounding(array, other) * (np.abs(other).max(initial=0.0) or 1.0)
     close = np.abs(array.ravel() - other.ravel()) <= most
     return bool(close.mean() >= 1 - lacking - 1e-9)

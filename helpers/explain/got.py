@@ -10,7 +10,6 @@ import onnx
 from helpers.graph import operators
 from helpers.graph.operators import Holds, Input
 
-CLOSE = 2e-3  # of the largest number: rounding, in float16 as well
 ROLES = (Holds.QUERY, Holds.KEY, Holds.VALUE)
 
 
@@ -56,7 +55,7 @@ class Got:
             array = self.given.get(one.number)
             if array is None or one.layout(array.ndim) is None:
                 continue
-            ends = array.shape == (2 * len(self.given[0]),)  # (2·B,), and not (B,)
+            ends = array.shape == tuple(2 * size for size in self.given[0].shape[:1])  # (2·B,)
             if one.holds is not Holds.COUNT or not ends:
                 return one, array
         return None, None
@@ -71,7 +70,7 @@ class Got:
     @property
     def hidden(self) -> int:
         """The width of all heads of the queries, N·D."""
-        query = self.operands().get(Holds.QUERY)
+        query = self._own().get(Holds.QUERY)
         if query is None:
             return 0
         shape = query.array.shape
@@ -88,24 +87,41 @@ class Got:
         """What it multiplies its scores with: 1/√D where no scale is given."""
         return self.attribute("scale") or (self.hidden / self.heads()) ** -0.5
 
-    def operands(self) -> dict[Holds, Operand]:
-        """What it computes with, projected and with biases; those in no layout are left out."""
+    def packed(self) -> np.ndarray | None:
+        """The product of hidden states with packed weights, with its bias, (B, S, N·D+N·D+N·V)."""
         _, hidden = self.held(Holds.HIDDEN)
-        weights, matrix = self.held(Holds.WEIGHTS)
+        _, matrix = self.held(Holds.WEIGHTS)
         _, bias = self.held(Holds.PROJECTION_BIAS)
-        if hidden is not None and matrix is not None:
-            return self._split(hidden @ matrix + (0 if bias is None else bias), weights)
-        packed, array = self.held(Holds.PACKED)
-        if packed is not None and 1 not in self.given:
-            return self._split(array, packed)
+        if hidden is None or matrix is None or hidden.shape[-1] != len(matrix):
+            return None
+        product = hidden @ matrix
+        return product if bias is None or len(bias) != matrix.shape[-1] else product + bias
+
+    def operands(self) -> dict[Holds, Operand]:
+        """What it computes with, projected and with biases; those in no layout are left out, and
+        those that it rotates itself."""
+        rotated = (Holds.QUERY, Holds.KEY) if self.attribute("do_rotary") else ()
+        return {role: operand for role, operand in self._own().items() if role not in rotated}
+
+    def _own(self) -> dict[Holds, Operand]:
+        product, (weights, _) = self.packed(), self.held(Holds.WEIGHTS)
+        one, whole = (weights, product) if product is not None else self.held(Holds.PACKED)
+        if one is not None and (product is not None or 1 not in self.given):
+            return self._split(whole, one)
+        return self._apart()
+
+    def _apart(self) -> dict[Holds, Operand]:
+        """Queries, keys and values that are inputs of their own, with their part of the bias."""
         found = {}
         for role in ROLES:
             one, array = self.held(role)
             if one is not None:
                 found[role] = Operand(array, one.layout(array.ndim), one)
-        if bias is not None and all(one.array.ndim == 3 for one in found.values()):
-            ends = np.cumsum([one.array.shape[-1] for one in found.values()])[:-1]
-            for operand, part in zip(found.values(), np.split(bias, ends), strict=True):
+        _, bias = self.held(Holds.PROJECTION_BIAS)
+        ends = np.cumsum([operand.array.shape[-1] for operand in found.values()])
+        flat = all(operand.array.ndim == 3 for operand in found.values())
+        if bias is not None and flat and len(found) == 3 and ends[-1] == len(bias):
+            for operand, part in zip(found.values(), np.split(bias, ends[:-1]), strict=True):
                 operand.array = operand.array + part
         return found
 
@@ -122,8 +138,14 @@ class Got:
         }
 
 
+def rounding(*arrays: np.ndarray) -> float:
+    """How far two numbers may be apart that are the same, as part of the largest of an array."""
+    return 2e-3 if any(array.dtype.itemsize < 4 for array in arrays) else 5e-5
+
+
 def factor(array: np.ndarray, other: np.ndarray) -> float | None:
     """By which number `other` is multiplied in `array`, of the same size; None where by no one."""
+    close = rounding(array, other)
     array, other = (one.astype(np.float64).ravel() for one in (array, other))
     squares = other @ other
     if not squares:
@@ -131,6 +153,6 @@ def factor(array: np.ndarray, other: np.ndarray) -> float | None:
     by = float(array @ other / squares)
     if not np.isfinite(by) or not by:
         return None
-    if np.abs(array - by * other).max() > CLOSE * abs(by) * np.abs(other).max():
+    if np.abs(array - by * other).max() > close * abs(by) * np.abs(other).max():
         return None
-    return 1.0 if abs(by - 1) < CLOSE else by
+    return 1.0 if abs(by - 1) < close else by

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from helpers.explain.got import CLOSE, ROLES, Got, Operand, factor
+from helpers.explain.got import ROLES, Got, Operand, factor, rounding
 from helpers.explain.site_numbers import SiteNumbers
 from helpers.graph.operators import Holds, laid
 
@@ -78,7 +78,7 @@ def _found(site: SiteNumbers, role: Holds, operand: Operand, wants: np.ndarray |
     if wants is not None and wants.shape == array.shape:
         rows = tuple(i for i, axis in enumerate(operand.layout.split()) if axis in ("B", "S", "L"))
         apart = array - wants
-        if np.ptp(apart, axis=rows).max() <= CLOSE * np.abs(wants).max():
+        if np.ptp(apart, axis=rows).max() <= rounding(array) * np.abs(wants).max():
             return "them with another bias of their projection, or with none"
         return "another tensor of that shape"
     return f"another tensor, {array.shape}"
@@ -114,13 +114,10 @@ def _merged(order: str, sizes: tuple[int, ...], shape: tuple[int, ...]) -> str:
 
 def _head_by_head(got: Got, site: SiteNumbers) -> str:
     """A line where packed weights are laid out head by head, (H, N·3·D)."""
-    _, hidden = got.held(Holds.HIDDEN)
-    weights, matrix = got.held(Holds.WEIGHTS)
-    _, bias = got.held(Holds.PROJECTION_BIAS)
+    weights, whole = got.held(Holds.WEIGHTS)[0], got.packed()
     heads, width = site.sizes["N"], site.sizes["D"]
-    if matrix is None or matrix.shape[-1] != 3 * heads * width or width != site.sizes["V"]:
+    if whole is None or whole.shape[-1] != 3 * heads * width or width != site.sizes["V"]:
         return ""
-    whole = hidden @ matrix + (0 if bias is None else bias)
     parts = whole.reshape(*whole.shape[:2], heads, 3, width).transpose(3, 0, 2, 1, 4)
     for part, own in zip(parts, _arrays(site).values(), strict=True):
         if part.shape != own.shape or factor(part, own) is None:

@@ -105,19 +105,19 @@ def longer(model: ir.Model, proto: onnx.ModelProto, pieces: list[Piece]) -> Iter
     fused = {node.output[0]: piece for piece in pieces for node in piece.nodes}
     for piece in pieces:
         below = numbered.below(numbered.nodes.index(piece.operator))
-        changed = [
-            node
+        changed = (
+            node.output[0]
             for node in map(numbered.nodes.__getitem__, below)
             if node.output[0] in makers and not _is_same(node, makers[node.output[0]])
             if fused.get(node.output[0]) is not piece
-        ]
-        if not changed or changed[0].output[0] in fused:
+        )
+        output = next(changed, None)
+        if output is None or output in fused:
             continue
         own = {name for number in below for name in numbered.nodes[number].output}
-        outputs = [changed[0].output[0]]
-        nodes, inputs = numbered.cut(outputs, tensors - own)
-        was_there = _between(model, outputs, set(inputs))
-        yield Piece(piece.operator, nodes, inputs, outputs, was_there, piece.sites)
+        nodes, inputs = numbered.cut([output], tensors - own)
+        was_there = _between(model, [output], set(inputs))
+        yield Piece(piece.operator, nodes, inputs, [output], was_there, piece.sites)
 
 
 def _is_same(node: onnx.NodeProto, was: ir.Node) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from helpers.explain import operand_order
-from helpers.explain.got import CLOSE, Got, factor
+from helpers.explain.got import Got, factor, rounding
 from helpers.explain.site_numbers import SiteNumbers
 from helpers.feeds import operator_masks
 from helpers.graph import operators
@@ -124,28 +124,27 @@ def _apart(key: np.ndarray) -> int:
     """How many heads of keys there are, each repeated for a group of heads of queries."""
     total = key.shape[1]
     for count in range(1, total):
-        if (
-            total % count == 0
-            and (key == key[:, :: total // count].repeat(total // count, 1)).all()
-        ):
+        group = total // count
+        if total % count == 0 and (key == key[:, ::group].repeat(group, axis=1)).all():
             return count
     return total
 
 
 def _scale(got: Got, site: SiteNumbers, factors: dict[Holds, float]) -> Iterator[str]:
     """Whether the scores are multiplied as in the original, its own operands taken."""
-    before = factors[Holds.QUERY] * factors[Holds.KEY]
-    if site.scale is not None and abs(got.scale * before / site.scale - 1) > CLOSE:
+    if site.scale is None:
+        return
+    close, before = rounding(site.query), factors[Holds.QUERY] * factors[Holds.KEY]
+    if abs(got.scale * before / site.scale - 1) > close:
         own = f"{got.scale:.4g}" + ("" if got.attribute("scale") else ", its default 1/√D")
-        before = f", of queries and keys that come times {before:.4g}" if before != 1 else ""
-        twice = abs(got.scale * factors[Holds.QUERY] * factors[Holds.KEY] / site.scale / got.scale)
-        text = ": scaled twice" if abs(twice - 1) < CLOSE and site.scale != 1 else ""
+        came = f", of queries and keys that come times {before:.4g}" if before != 1 else ""
+        twice = before != 1 and abs(before / site.scale - 1) < close
         yield (
             f"{got.name}, scale: the original multiplies q·kᵀ by {site.scale:.4g}, the operator by"
-            f" {own}{before}{text}"
+            f" {own}{came}{': scaled twice' if twice else ''}"
         )
     cap = got.attribute("softcap")
-    if site.scale is not None and abs(cap - site.softcap) > CLOSE * max(cap, site.softcap):
+    if abs(cap - site.softcap) > close * max(cap, site.softcap):
         yield f"{got.name}, softcap: the original has {site.softcap:.4g}, got {cap:.4g}"
 
 
@@ -158,49 +157,46 @@ def _values(got: Got) -> dict[str, np.ndarray]:
 
 def _hidden(got: Got, site: SiteNumbers) -> np.ndarray | None:
     """What the operator masks, (B, N, S, T); None where it has other sizes than the site."""
-    hidden = operator_masks.masked(got.node, _values(got))
     try:
-        return np.broadcast_to(hidden, site.hidden.shape)
-    except ValueError:
+        return np.broadcast_to(operator_masks.masked(got.node, _values(got)), site.hidden.shape)
+    except (KeyError, ValueError):
         return None
 
 
 def _masks(got: Got, site: SiteNumbers, hidden: np.ndarray) -> Iterator[str]:
     """Whether the same keys are masked, in rows that have a key in the original."""
-    alive = ~site.hidden.all(axis=-1, keepdims=True)
+    place = ~site.hidden.all(axis=-1, keepdims=True) & np.ones_like(hidden)
     later = operator_masks.later(hidden)
-    place, wanted = alive & np.ones_like(hidden), site.hidden
-    if later.any():
-        in_original = wanted[place & later].all()
-        in_operator = hidden[place & later].all()
-        if in_original != in_operator:
-            place = place & ~later
-            causal = f"{got.name}, {got.operator.causal}"
-            if in_original:
-                yield f"{causal}: the original masks later keys (causal), the operator does not"
-            else:
-                yield f"{causal}: the operator masks later keys (causal), the original does not"
-    found, wanted = hidden[place], wanted[place]
-    if (found == wanted).all():
-        return
-    name = _mask_name(got, masks=bool(found.any()))
-    if (found == ~wanted).all():
-        yield f"{name}: in the opposite sense: masks the keys that the original keeps"
-    elif not found.any() and _zeros_and_ones(got):
+    causal = [one[place & later].all() for one in (site.hidden, hidden)]
+    if later.any() and causal[0] != causal[1]:
+        place = place & ~later
+        one, other = ("original", "operator")[:: 1 if causal[0] else -1]
         yield (
-            f"{name}: numbers 1 and 0 are added to the scores, and mask nothing; it wants 0 and a"
-            " very low number, or in the standard Attention bool, True where a key is kept"
+            f"{got.name}, {got.operator.causal}: the {one} masks later keys (causal), the {other}"
+            " does not"
         )
-    elif not found.any():
-        given = "is given no mask" if got.held(*_MASKS)[0] is None else "none"
-        some = f"{wanted.sum()} of {wanted.size} scores"
-        yield f"{name}: the original masks {some}, the operator {given}"
-    elif not wanted.any():
-        yield f"{name}: masks {found.sum()} of {found.size} scores, the original none"
-    else:
-        apart = (found != wanted).sum()
-        apart = f"in {apart} of {found.size} scores{_means(got)}"
-        yield f"{name}: masks other keys than the original {apart}"
+    found, wanted = hidden[place], site.hidden[place]
+    if (found != wanted).any():
+        name = _mask_name(got, masks=bool(found.any()))
+        yield f"{name}: {_difference(got, found, wanted)}"
+
+
+def _difference(got: Got, found: np.ndarray, wanted: np.ndarray) -> str:
+    """How what is masked is not what is `wanted`: True where a score is."""
+    if (found == ~wanted).all():
+        return "in the opposite sense: masks the keys that the original keeps"
+    if found.any():
+        if not wanted.any():
+            return f"masks {found.sum()} of {found.size} scores, the original none"
+        apart = f"in {(found != wanted).sum()} of {found.size} scores{_means(got)}"
+        return f"masks other keys than the original {apart}"
+    if _zeros_and_ones(got):
+        return (
+            "numbers 1 and 0 are added to the scores, and mask nothing; it wants 0 and a very low"
+            " number, or in the standard Attention bool, True where a key is kept"
+        )
+    given = "is given no mask" if got.held(*_MASKS)[0] is None else "none"
+    return f"the original masks {wanted.sum()} of {wanted.size} scores, the operator {given}"
 
 
 def _mask_name(got: Got, *, masks: bool) -> str:
@@ -231,7 +227,7 @@ def _added(got: Got, site: SiteNumbers, hidden: np.ndarray) -> Iterator[str]:
     one = got.operator.holding(Holds.BIAS)[0]
     wants = _level(site.added, seen)
     found = _level(np.zeros(1) if added is None else added, seen)
-    most = CLOSE * max(1.0, np.abs(wants).max(), np.abs(found).max())
+    most = rounding(site.query) * max(1.0, np.abs(wants).max(), np.abs(found).max())
     told = _zeros_and_ones(got) and site.hidden.any()  # of a mask that is added
     if np.abs(found - wants).max() <= most or told:
         return

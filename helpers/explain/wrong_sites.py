@@ -77,7 +77,7 @@ def find(
         about = _about(sites, all_pieces, missing_nodes) or every
         return whole, dict.fromkeys(about, _taken_away(missing_nodes))
     further = [*longer(model, proto, all_pieces)]
-    wrong = _wrong_pieces(read.path, proto, all_pieces + further, cases, description)
+    wrong = _wrong_pieces(read.path, proto, all_pieces, further, cases, description)
     if not wrong:
         return whole, {site: [_ELSEWHERE] for site in every}
     return whole, wrong_values.told(read.path, proto, model, sites, wrong)
@@ -87,30 +87,39 @@ def _wrong_pieces(
     path: Path,
     proto: onnx.ModelProto,
     pieces: list[Piece],
+    further: list[Piece],
     cases: list[Feed],
     description: str,
 ) -> list[tuple[Piece, Feed]]:
     """Those of `pieces`, of the optimised model `proto`, that compute something else than the
-    original at `path` does there, and on what most. None where it has no numbers to compare."""
-    outputs = list(dict.fromkeys(name for piece in pieces for name in piece.outputs))
-    inputs = list(dict.fromkeys(name for piece in pieces for name in piece.inputs))
-    run = around(path, [*outputs, *inputs])
-    runs = [_runner(piece, proto, run, outputs) for piece in pieces]
+    original at `path` does there, and on what most. None where it has no numbers to compare.
+
+    `further` are such with what follows them, for those that are right by themselves.
+    """
+    outputs = list(dict.fromkeys(name for piece in pieces + further for name in piece.outputs))
+    inputs = [name for piece in pieces + further for name in piece.inputs]
+    original = around(path, [*outputs, *inputs])
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
-        values = run(arrays)
+        values = original(arrays)
         return {name: values[name] for name in outputs}
 
-    try:
+    def wrong(pieces: list[Piece]) -> list[tuple[Piece, Feed]]:
+        runs = [_runner(piece, proto, original, outputs) for piece in pieces]
         judged = parity.compare(reference, runs, cases, description).candidates
+        return [
+            (piece, candidate.feed or shortest)
+            for piece, candidate in zip(pieces, judged, strict=True)
+            if not candidate.held
+        ]
+
+    shortest = min(cases, key=lambda feed: sum(array.size for array in feed.arrays.values()))
+    try:
+        found = wrong(pieces)
+        told = {site for piece, _ in found for site in piece.sites}
+        return found + wrong([piece for piece in further if told.isdisjoint(piece.sites)])
     except files.BadInput:  # no numbers to compare there
         return []
-    shortest = min(cases, key=lambda feed: sum(array.size for array in feed.arrays.values()))
-    return [
-        (piece, candidate.feed or shortest)
-        for piece, candidate in zip(pieces, judged, strict=True)
-        if not candidate.held
-    ]
 
 
 def _candidate(original: files.Opened, fused: Path) -> parity.Model:

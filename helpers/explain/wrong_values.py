@@ -45,9 +45,7 @@ def told(
     """What the operator of each `wrong` piece wants and what it got, in lines, by site.
 
     `proto` is the optimised model, and `model` the original, in the file `path`, with its `sites`.
-    Of two pieces around one operator, the first counts.
     """
-    wrong = [*{piece.operator.output[0]: (piece, feed) for piece, feed in reversed(wrong)}.values()]
     first_of_form: dict[tuple, int] = {}
     alike = [first_of_form.setdefault(_form(*one), i) for i, one in enumerate(wrong)]
     names = [

@@ -83,16 +83,20 @@ def _spread(array: np.ndarray) -> np.ndarray:
 
 
 def _causal(node: onnx.NodeProto, hidden: np.ndarray) -> np.ndarray:
-    """`hidden`, and what is later than each query if the operator is causal."""
+    """`hidden`, and what is later than the query if the operator is causal, or before its window."""
     operator = operators.of(node)
     given = {attribute.name: attribute.i for attribute in node.attribute}
-    return hidden | later(hidden) if given.get(operator.causal, operator.causal_default) else hidden
+    if given.get(operator.causal, operator.causal_default):
+        hidden = hidden | later(hidden)
+    window = given.get("local_window_size", -1)
+    return hidden | ~later(hidden, -window) if window > 0 else hidden
 
 
-def later(scores: np.ndarray) -> np.ndarray:
-    """True where a key is later than the query, (S, T); the last query is that of the last key."""
+def later(scores: np.ndarray, by: int = 0) -> np.ndarray:
+    """True where a key is later than the query and `by` more, (S, T); the last query is that of the
+    last key."""
     queries, keys = scores.shape[-2:]
-    return np.arange(keys)[None, :] > np.arange(queries)[:, None] + keys - queries
+    return np.arange(keys)[None, :] > np.arange(queries)[:, None] + keys - queries + by
 
 
 def _beyond(ends: np.ndarray, hidden: np.ndarray) -> np.ndarray:
