@@ -83,7 +83,7 @@ def _spread(array: np.ndarray) -> np.ndarray:
 
 
 def _causal(node: onnx.NodeProto, hidden: np.ndarray) -> np.ndarray:
-    """`hidden`, and what is later than the query if the operator is causal, or before its window."""
+    """`hidden`, and what is later than the query if the operator is causal, or before a window."""
     operator = operators.of(node)
     given = {attribute.name: attribute.i for attribute in node.attribute}
     if given.get(operator.causal, operator.causal_default):
