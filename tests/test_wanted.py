@@ -4,7 +4,7 @@ Each graph is the attention of `SITE` with one operator in its place, right but 
 """
 
 import re
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -142,9 +142,11 @@ def arrays() -> dict[str, np.ndarray]:
     return found
 
 
-def written(path, *parts: str, weights: dict[str, np.ndarray] | None = None) -> None:
+def written(
+    path: Path, *parts: str, head: str = HEAD, weights: dict[str, np.ndarray] | None = None
+) -> None:
     """Write the graph of these parts, with the weights that it reads."""
-    proto = onnx.parser.parse_model((WIDE if weights else HEAD) + "".join(parts))
+    proto = onnx.parser.parse_model((WIDE if weights else head) + "".join(parts))
     read = {name for node in proto.graph.node for name in node.input}
     proto.graph.initializer.extend(
         onnx.numpy_helper.from_array(array, name)
@@ -154,19 +156,36 @@ def written(path, *parts: str, weights: dict[str, np.ndarray] | None = None) -> 
     onnx.save(proto, path)
 
 
-def told(folder, fused: str, after: str = PROJECTION, end: str = END, plain: str = "") -> Any:
-    """What is told of the site, where it is fused so; None where parity holds."""
-    written(folder / "a.onnx", START, plain or SPLIT + SITE + MERGE, PROJECTION, END)
-    written(folder / "b.onnx", START, fused, after, end)
+def compared(folder: Path, expected: list[str]) -> None:
+    """Hold what is told of the site in b.onnx, fused from a.onnx, against patterns of lines."""
     original = files.Opened(folder / "a.onnx")
     whole, wrong = wrong_sites.find(original, folder / "b.onnx", *feeds.infer(original))
+    assert whole.held == (not expected)
     assert {*wrong} <= {0}
-    return None if whole.held else wrong[0]
+    found = wrong.get(0, [])
+    assert len(found) == len(expected), found
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, line), line
+
+
+def check(
+    folder: Path,
+    fused: str,
+    expected: list[str],
+    *,
+    after: str = PROJECTION,
+    end: str = END,
+    plain: str = "",
+) -> None:
+    """The same of `SITE`, or of one that is written otherwise, where it is fused so."""
+    written(folder / "a.onnx", START, plain or SPLIT + SITE + MERGE, PROJECTION, END)
+    written(folder / "b.onnx", START, fused, after, end)
+    compared(folder, expected)
 
 
 @pytest.mark.parametrize("fused", [MULTI, SPLIT + STANDARD + MERGE, PACKED])
 def test_right_ones_are_not_told_of(tmp_path, fused):
-    assert told(tmp_path, fused) is None
+    check(tmp_path, fused, [])
 
 
 TURN = "Transpose <perm = [1, 0, 2]>"
@@ -289,22 +308,14 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_differs_is_told(tmp_path, fault):
-    fused, expected = FAULTS[fault]
-    found = told(tmp_path, fused)
-    assert len(found) == len(expected), found
-    for line, pattern in zip(found, expected, strict=True):
-        assert re.search(pattern, line), line
+    check(tmp_path, *FAULTS[fault])
 
 
 @pytest.mark.parametrize("plain", [EINSUM, FLAT], ids=["Einsum", "(B·N, S, D)"])
 @pytest.mark.parametrize("fault", ["heads", "keys and values exchanged", "no bias", "no mask"])
 def test_however_the_site_is_written(tmp_path, plain, fault):
-    fused, expected = FAULTS[fault]
-    assert told(tmp_path, MULTI, plain=plain) is None
-    found = told(tmp_path, fused, plain=plain)
-    assert len(found) == len(expected), found
-    for line, pattern in zip(found, expected, strict=True):
-        assert re.search(pattern, line), line
+    check(tmp_path, MULTI, [], plain=plain)
+    check(tmp_path, *FAULTS[fault], plain=plain)
 
 
 NAME = "com.microsoft.MultiHeadAttention is right; "
@@ -347,8 +358,7 @@ AFTER = {
 def test_what_follows_is_told(tmp_path, fault):
     """The operator is right, and what comes after it is not."""
     after, end, expected = AFTER[fault]
-    (line,) = told(tmp_path, MULTI, after, end)
-    assert re.search(NAME + expected, line), line
+    check(tmp_path, MULTI, [NAME + expected], after=after, end=end)
 
 
 # ── Heads that share keys ───────────────────────────────────────────────────────────────────────
@@ -444,10 +454,47 @@ def test_heads_that_share_keys(tmp_path, fault):
     weights = sharing(heads)
     written(tmp_path / "a.onnx", SHARED, REPEATED, CAUSAL, MERGE, LAST, weights=weights)
     written(tmp_path / "b.onnx", SHARED, fused, LAST, weights=weights)
-    original = files.Opened(tmp_path / "a.onnx")
-    whole, wrong = wrong_sites.find(original, tmp_path / "b.onnx", *feeds.infer(original))
-    assert whole.held == (not expected)
-    found = wrong.get(0, [])
-    assert len(found) == len(expected), found
-    for line, pattern in zip(found, expected, strict=True):
-        assert re.search(pattern, line), line
+    compared(tmp_path, expected)
+
+
+# ── Caches ──────────────────────────────────────────────────────────────────────────────────────
+
+CACHES = HEAD.replace(
+    "int64[batch,6] mask", "float[batch,2,3,4] past_k, float[batch,2,3,4] past_v"
+).replace("y)", "y, float[batch,2,9,4] present_k, float[batch,2,9,4] present_v)")
+PROJECTED = START.partition("  [n_keys]")[0]
+JOINED = """
+  k3 = Transpose <perm = [0, 2, 1, 3]> (k1)
+  present_k = Concat <axis = 2> (past_k, k3)
+  present_v = Concat <axis = 2> (past_v, v)
+  kt = Transpose <perm = [0, 1, 3, 2]> (present_k)
+  [n_scores] s0 = MatMul (q, kt)
+  [n_scale] s1 = Mul (s0, scale)
+  [n_softmax] p = Softmax <axis = -1> (s1)
+  [n_context] c0 = MatMul (p, present_v)
+"""
+CACHED = """
+  [n_fused] c2, present_k, present_v = com.microsoft.MultiHeadAttention
+    <num_heads = 2, scale = 0.3> (q1, k0, v1, , , , past_k, past_v)
+"""
+PASTS = {
+    "right": (CACHED, []),
+    "pasts exchanged": (
+        CACHED.replace("past_k, past_v", "past_v, past_k"),
+        [r"input 6 .past_key.: wants the keys of earlier steps, got the original's values of earl",
+         r"input 7 .past_value.: wants the values of earlier steps, got the original's keys of ea"],
+    ),
+    "keys and values exchanged": (
+        CACHED.replace("k0, v1", "v1, k0"),
+        ["input 1 .key.: .* got the original's values", "input 2 .value.: .* the original's keys"],
+    ),
+    "scale": (CACHED.replace("0.3", "0.4"), ["scale: the original multiplies q·kᵀ by 0.3, .* 0.4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PASTS)
+def test_caches(tmp_path, fault):
+    fused, expected = PASTS[fault]
+    written(tmp_path / "a.onnx", PROJECTED, SPLIT, JOINED, MERGE, PROJECTION, END, head=CACHES)
+    written(tmp_path / "b.onnx", PROJECTED, fused, PROJECTION, END, head=CACHES)
+    compared(tmp_path, expected)

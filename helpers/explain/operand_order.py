@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,9 +33,31 @@ def told(got: Got, site: SiteNumbers) -> tuple[dict[Holds, float], list[str]]:
             continue
         axes = f"({', '.join(operand.layout.split())})"
         shape = f" = {wants.shape}" if wants is not None else ""
-        found = _found(site, role, operand, wants)
+        found = _found(got, site, role, operand, wants)
         lines.append(f"{got.input(operand.one)}: wants the {role} as {axes}{shape}, got {found}")
-    return factors, lines
+    return factors, [*lines, *_past(got, site)]
+
+
+def _past(got: Got, site: SiteNumbers) -> Iterator[str]:
+    """A line for each input of past keys or values that is not the original's."""
+    sides = {Holds.PAST_KEY: site.key, Holds.PAST_VALUE: site.value}
+    sides = {role: whole[:, :, : got.past] for role, whole in sides.items()}
+    if site.key.shape == site.value.shape:
+        sides[Holds.PAST] = np.stack([sides[Holds.PAST_KEY], sides[Holds.PAST_VALUE]])
+    for role in sides:
+        one, array = got.held(role)
+        if one is None:
+            continue
+        group = max(1, site.sizes["N"] // array.shape[-3])
+        same = [
+            other
+            for other, whole in sides.items()
+            if whole[..., ::group, :, :].shape == array.shape
+            and factor(array, whole[..., ::group, :, :]) == 1
+        ]
+        if role not in same:
+            found = f"the original's {same[0]}" if same else f"another tensor, {array.shape}"
+            yield f"{got.input(one)}: wants the {role}, got {found}"
 
 
 def _arrays(site: SiteNumbers) -> dict[Holds, np.ndarray]:
@@ -56,13 +79,16 @@ def _original(got: Got, site: SiteNumbers, role: Holds, operand: Operand) -> np.
     return laid(whole[:, :: total // own, got.past :], " ".join(axes), operand.layout)
 
 
-def _found(site: SiteNumbers, role: Holds, operand: Operand, wants: np.ndarray | None) -> str:
+def _found(
+    got: Got, site: SiteNumbers, role: Holds, operand: Operand, wants: np.ndarray | None
+) -> str:
     """What an operand is instead of what is wanted."""
     array = operand.array
     for other in (role, *(one for one in ROLES if one is not role)):
-        found = ""
+        found, whole = "", _arrays(site)[other]
+        new = whole if other is Holds.QUERY else whole[:, :, got.past :]
         for order in _orders(_AXES[other], operand.layout):
-            whole = laid(_arrays(site)[other], " ".join(_AXES[other]), " ".join(order))
+            whole = laid(new, " ".join(_AXES[other]), " ".join(order))
             by = factor(array, whole) if whole.size == array.size else None
             if by is None:
                 continue
