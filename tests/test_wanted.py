@@ -11,8 +11,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from helpers import feeds, files
+from helpers import feeds, files, parity
 from helpers.explain import wrong_sites
+from helpers.explain.reasons import Explanation, Verdict
 
 MICROSOFT = "com.microsoft."
 HEAD = """
@@ -359,6 +360,36 @@ def test_what_follows_is_told(tmp_path, fault):
     """The operator is right, and what comes after it is not."""
     after, end, expected = AFTER[fault]
     check(tmp_path, MULTI, [NAME + expected], after=after, end=end)
+
+
+def test_what_is_read_elsewhere_is_told(tmp_path):
+    """The weights of the site go into the result, and are made no longer."""
+    end = END.replace("(x, o1)", "(x, o2)").replace(
+        "[n_residual]", "[n_all] w = ReduceMax <keepdims = 0> (p) o2 = Add (o1, w) [n_residual]"
+    )
+    written(tmp_path / "a.onnx", START, SPLIT, SITE, MERGE, PROJECTION, end)
+    written(tmp_path / "b.onnx", START, MULTI, PROJECTION, end)
+    compared(tmp_path, ["Softmax n_softmax: what it gives is read elsewhere, and made no longer"])
+
+
+def test_what_is_no_attention_is_told(tmp_path):
+    plain = SITE.replace("Softmax <axis = -1>", "Sigmoid")
+    written(tmp_path / "a.onnx", START, SPLIT, plain, MERGE, PROJECTION, END)
+    written(tmp_path / "b.onnx", START, MULTI, PROJECTION, END)
+    original = files.Opened(tmp_path / "a.onnx")
+    _, wrong = wrong_sites.find(original, tmp_path / "b.onnx", *feeds.infer(original))
+    stands = "com.microsoft.MultiHeadAttention: stands for what is no attention in the original"
+    assert wrong == {"c2": [stands]}
+
+
+def test_the_report_has_the_lines_of_the_first_wrong_site():
+    sites = [
+        Verdict(name, None, True, wrong=True, wanted=[wanted])
+        for name, wanted in zip("abc", ("scale", "scale", "mask"), strict=True)
+    ]
+    text = str(Explanation("own", sites, [], parity=parity.Candidate("own"))).splitlines()
+    assert text[2:4] == ["3 sites fused wrong: a … c", "   scale"]
+    assert text[4:] == ["   1 other got something else: see --json"]
 
 
 # ── Heads that share keys ───────────────────────────────────────────────────────────────────────

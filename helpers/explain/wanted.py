@@ -40,19 +40,23 @@ def lines(got: Got, site: SiteNumbers) -> list[str]:
     """What differs between what the operator got and what the original has at its `site`."""
     factors, differs = operand_order.told(got, site)
     heads = [*_heads(got, site)]
-    same = {Holds.QUERY, Holds.KEY} <= {*factors} and not heads
-    scale = [*_scale(got, site, factors)] if same else []
+    known = {Holds.QUERY, Holds.KEY} <= {*factors} and not heads
+    scale = [*_scale(got, site, factors)] if known else []
     hidden = None if got.refused else _hidden(got, site)
     masks = [] if hidden is None else [*_masks(got, site, hidden), *_added(got, site, hidden)]
-    found = [*_refused(got, site), *heads, *differs, *scale, *masks]
-    if found:
-        return found
-    agree = [str(role) for role in factors] + ["scale"] * (site.scale is not None and same)
-    agree += [] if hidden is None else ["mask", "what is added to the scores"]
-    return [
-        f"{got.name}: {', '.join(agree) or 'nothing that could be held against the original'}"
-        f"{' agree with the original' if agree else ''}; what it gives does not"
-    ]
+    return [*_refused(got, site), *heads, *differs, *scale, *masks]
+
+
+def agreeing(got: Got, site: SiteNumbers) -> str:
+    """What agrees, where nothing was found that differs."""
+    factors, _ = operand_order.told(got, site)
+    agree = [str(role) for role in factors]
+    if site.scale is not None and {Holds.QUERY, Holds.KEY} <= {*factors}:
+        agree.append("scale")
+    if _hidden(got, site) is not None:
+        agree += ["mask", "what is added to the scores"]
+    what = f"{', '.join(agree)} agree with the original" if agree else "nothing could be compared"
+    return f"{got.name}: {what}; what it gives does not agree"
 
 
 # ── Refusals ────────────────────────────────────────────────────────────────────────────────────

@@ -54,8 +54,12 @@ def told(
     original = around(path, names)
     lines = {}
     for i in {*alike}:
-        piece, feed = wrong[i]
-        lines[i] = _lines(piece, proto, model, _site(sites, piece), original(feed.arrays))
+        piece, own = wrong[i]
+        site = _site(sites, piece)
+        for feed in (wrong[0][1], own):  # one for all, so that the same fault is told alike
+            lines[i] = _lines(piece, proto, model, site, original(feed.arrays), feed is own)
+            if lines[i]:
+                break
     return {
         site: lines[first]
         for first, (piece, _) in zip(alike, wrong, strict=True)
@@ -101,8 +105,10 @@ def _lines(
     model: ir.Model,
     site: graph.Site | None,
     values: parity.Outputs,
+    last: bool,
 ) -> list[str]:
-    """What the operator of `piece` wants, and what it got, on the original's `values`."""
+    """What the operator of `piece` wants, and what it got, on the original's `values`; where
+    nothing was found, nothing, or if they are the `last`, what agrees."""
     name = f"{piece.operator.domain}.{piece.operator.op_type}".lstrip(".")
     if site is None:
         return [f"{name}: stands for what is no attention in the original"]
@@ -118,12 +124,15 @@ def _lines(
     if numbers is None:
         return [f"{name}: the original's site is of a form that is not read, so it is not told"]
     if not wanted.right(ran.got, numbers):
-        return wanted.lines(ran.got, numbers)
+        told = wanted.lines(ran.got, numbers)
+        return told or [wanted.agreeing(ran.got, numbers)] * last
     if ran.error:
         return [f"{name} is right; what follows does not run: {wanted.short(ran.error)}"]
     lacking = float(numbers.hidden.all(axis=-1).mean())
     after = _after(model, site, piece)
-    return following.lines(name, ran.got.output, ran.nodes, ran.after, after, values, lacking)
+    told = following.lines(name, ran.got.output, ran.nodes, ran.after, after, values, lacking)
+    nothing = f"{name}: in it and in what follows it nothing was found that differs"
+    return told or [nothing] * last
 
 
 def _ran(piece: Piece, proto: onnx.ModelProto, values: parity.Outputs) -> _Ran:
