@@ -300,6 +300,13 @@ FAULTS = {
             "does not run: Input 'attention_bias' dimension 2 should be same as sequence_length",
         ],
     ),
+    "no values": (
+        MULTI.replace("k0, v1", "k0, "),
+        [
+            "input 2 .value.: wants the values, and is not given",
+            "does not run: Expect rank of key be 5 for packed kv",
+        ],
+    ),
     "a mask of another type": (
         MULTI.replace("m32,", "mask,"),
         ["key_padding_mask.: wants int32, got int64", "does not run: Type 'tensor.int64.' .*"],

@@ -55,17 +55,22 @@ class Got:
             array = self.given.get(one.number)
             if array is None or one.layout(array.ndim) is None:
                 continue
-            ends = array.shape == tuple(2 * size for size in self.given[0].shape[:1])  # (2·B,)
+            first = self.given.get(0, np.zeros(1))
+            ends = array.shape == tuple(2 * size for size in first.shape[:1])  # (2·B,)
             if one.holds is not Holds.COUNT or not ends:
                 return one, array
         return None, None
 
     def heads(self, *, of_keys: bool = False) -> int:
         """The number of heads that the operator takes there to be."""
-        _, array = self.held(Holds.KEY if of_keys else Holds.QUERY)
+        for role in (Holds.KEY, Holds.QUERY) if of_keys else (Holds.QUERY,):
+            _, array = self.held(role)
+            if array is not None:
+                break
         if array is not None and array.ndim == 4:
             return array.shape[1]
-        return int(self.attribute(self.operator.key_heads if of_keys else self.operator.heads, 1))
+        own = int(self.attribute(self.operator.heads, 1))
+        return int(self.attribute(self.operator.key_heads, own)) if of_keys else own
 
     @property
     def hidden(self) -> int:
@@ -127,11 +132,12 @@ class Got:
 
     def _split(self, whole: np.ndarray, one: Input) -> dict[Holds, Operand]:
         """The three parts of a packed product, [Q|K|V] on its last axis."""
-        own, keys = self.heads(), int(self.attribute(self.operator.key_heads, 1))
+        own, keys = self.heads(), self.heads(of_keys=True)
         width = whole.shape[-1] // (own + 2 * keys)
         sizes = self.attribute("qkv_hidden_sizes", 0) or [own * width, keys * width, keys * width]
         parts = np.split(whole, np.cumsum(sizes)[:2], axis=-1)
-        layouts = ("B S N·D", "B S K·D", "B S K·V")
+        shared = "K" if self.operator.key_heads != self.operator.heads else "N"
+        layouts = ("B S N·D", f"B S {shared}·D", f"B S {shared}·V")
         return {
             role: Operand(part, layout, one)
             for role, part, layout in zip(ROLES, parts, layouts, strict=True)

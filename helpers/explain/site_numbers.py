@@ -65,6 +65,13 @@ def read(site: graph.Site, values: Values, hidden: int) -> SiteNumbers | None:
     """
     if not _readable(site):
         return None
+    try:
+        return _read(site, values, hidden)
+    except ValueError:  # axes that do not fit: products over others than those that are read
+        return None
+
+
+def _read(site: graph.Site, values: Values, hidden: int) -> SiteNumbers | None:
     raw = values[site.scores.outputs[0].name]
     lead = raw.shape[:-2]
     query, key = _operands(site.scores, values, of_scores=True)

@@ -20,6 +20,7 @@ from helpers.graph.operators import Holds, laid
 
 _FLOATS = {"float16", "float32", "float64"}
 _MASKS = (Holds.MASK, Holds.COUNT, Holds.ENDS, Holds.LAST)
+_NEEDED = (Holds.QUERY, Holds.KEY, Holds.VALUE, Holds.HIDDEN, Holds.WEIGHTS)
 _TYPED = {*_MASKS, Holds.BIAS, Holds.TOTAL}
 
 
@@ -67,6 +68,10 @@ def _refused(got: Got, site: SiteNumbers) -> Iterator[str]:
     if not got.refused:
         return
     sizes = _sizes(got, site)
+    packs = any(one.layouts for one in got.operator.holding(Holds.PACKED))
+    for one in got.operator.holding(*_NEEDED):
+        if one.number not in got.given and not packs:
+            yield f"{got.input(one)}: wants the {one.holds}, and is not given"
     for number, array in sorted(got.given.items()):
         inputs = [one for one in got.operator.inputs if one.number == number]
         layouts = dict.fromkeys(layout for one in inputs for layout in one.layouts)
@@ -107,6 +112,7 @@ def _layout(layout: str, sizes: dict[str, int]) -> str:
 def short(message: str) -> str:
     """What ONNX Runtime says, in a line, without where in its code."""
     text = " ".join(message.split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.split(r"Status Message: |\[\w*InferenceError\] |Type Error: ", text)[-1]
     return text.split(" was false. ")[-1][:160].strip()
 

@@ -121,6 +121,8 @@ def _lines(
     numbers = None
     if site_numbers.tensors(site):
         numbers = site_numbers.read(site, values, ran.got.hidden)
+    if numbers is None and ran.got.refused:
+        return [f"{name} does not run: {wanted.short(ran.got.refused)}"]
     if numbers is None:
         return [f"{name}: the original's site is of a form that is not read, so it is not told"]
     if not wanted.right(ran.got, numbers):
