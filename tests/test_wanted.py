@@ -379,6 +379,12 @@ def test_what_is_read_elsewhere_is_told(tmp_path):
     compared(tmp_path, ["Softmax n_softmax: what it gives is read elsewhere, and made no longer"])
 
 
+def test_where_the_fault_is_if_at_no_site(tmp_path):
+    written(tmp_path / "a.onnx", START, SPLIT, SITE, MERGE, PROJECTION, END)
+    written(tmp_path / "b.onnx", START.replace("wq", "wk"), MULTI, PROJECTION, END)
+    compared(tmp_path, ["elsewhere; the first tensor that differs is q1, of Add n_q_bias$"])
+
+
 def test_what_is_no_attention_is_told(tmp_path):
     plain = SITE.replace("Softmax <axis = -1>", "Sigmoid")
     written(tmp_path / "a.onnx", START, SPLIT, plain, MERGE, PROJECTION, END)

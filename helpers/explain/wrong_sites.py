@@ -18,12 +18,14 @@ import onnxruntime as ort
 
 from helpers import files, graph, parity
 from helpers.explain import wrong_values
+from helpers.explain.got import rounding
 from helpers.explain.pieces import Piece, alone, around, longer, pieces
 from helpers.explain.reasons import Explanation, Verdict
 from helpers.feeds import Feed
 from helpers.graph import walks
 
 Wrong = dict[int | str, list[str]]
+Values = Callable[[parity.Outputs], parity.Outputs]  # of named tensors, on given inputs
 _ELSEWHERE = (
     "by itself, on the original's values, it was not found to be wrong: the fault is elsewhere"
 )
@@ -77,14 +79,18 @@ def find(
         about = _about(sites, all_pieces, missing_nodes) or every
         return whole, dict.fromkeys(about, _taken_away(missing_nodes))
     further = [*longer(model, proto, all_pieces)]
-    wrong = _wrong_pieces(read.path, proto, all_pieces, further, cases, description)
+    parts = all_pieces + further
+    names = list(dict.fromkeys(name for one in parts for name in (*one.inputs, *one.outputs)))
+    values = around(read.path, names)
+    wrong = _wrong_pieces(values, proto, all_pieces, further, cases, description)
     if not wrong:
-        return whole, {site: [_ELSEWHERE] for site in every}
+        line = _elsewhere(proto, fused, names, values, whole.feed)
+        return whole, {site: [line] for site in every}
     return whole, wrong_values.told(read.path, proto, model, sites, wrong)
 
 
 def _wrong_pieces(
-    path: Path,
+    original: Values,
     proto: onnx.ModelProto,
     pieces: list[Piece],
     further: list[Piece],
@@ -92,13 +98,11 @@ def _wrong_pieces(
     description: str,
 ) -> list[tuple[Piece, Feed]]:
     """Those of `pieces`, of the optimised model `proto`, that compute something else than the
-    original at `path` does there, and on what most. None where it has no numbers to compare.
+    `original` has there, and on what most. None where there are no numbers to compare.
 
     `further` are such with what follows them, for those that are right by themselves.
     """
     outputs = list(dict.fromkeys(name for piece in pieces + further for name in piece.outputs))
-    inputs = [name for piece in pieces + further for name in piece.inputs]
-    original = around(path, [*outputs, *inputs])
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
         values = original(arrays)
@@ -106,6 +110,8 @@ def _wrong_pieces(
 
     def wrong(pieces: list[Piece]) -> list[tuple[Piece, Feed]]:
         runs = [_runner(piece, proto, original, outputs) for piece in pieces]
+        if not runs:
+            return []
         judged = parity.compare(reference, runs, cases, description).candidates
         return [
             (piece, candidate.feed or shortest)
@@ -120,6 +126,32 @@ def _wrong_pieces(
         return found + wrong([piece for piece in further if told.isdisjoint(piece.sites)])
     except files.BadInput:  # no numbers to compare there
         return []
+
+
+def _elsewhere(
+    proto: onnx.ModelProto, fused: Path, names: list[str], original: Values, feed: Feed | None
+) -> str:
+    """That the fault is at no site, and which of the tensors `names`, of the optimised model
+    `proto` in the file `fused`, is the first that is another than in the original."""
+    if feed is None:
+        return _ELSEWHERE
+    given = {value.name for value in proto.graph.input}
+    arrays = {name: array for name, array in feed.arrays.items() if name in given}
+    wanted, found = original(feed.arrays), around(fused, names)(arrays)
+    for node in proto.graph.node:
+        for name in {*node.output} & {*names}:
+            if not _close(found[name], wanted[name]):
+                which = f"{name}, of {node.op_type} {node.name}".rstrip()
+                return f"{_ELSEWHERE}; the first tensor that differs is {which}"
+    return _ELSEWHERE
+
+
+def _close(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors are the same to within rounding."""
+    if array.shape != other.shape:
+        return False
+    most = rounding(array, other) * np.abs(other).max(initial=0)
+    return np.allclose(array, other, 0, most, equal_nan=True)
 
 
 def _candidate(original: files.Opened, fused: Path) -> parity.Model:
@@ -180,7 +212,7 @@ def _about(
 def _runner(
     piece: Piece,
     proto: onnx.ModelProto,
-    original: Callable[[parity.Outputs], parity.Outputs],
+    original: Values,
     tensors: list[str],
 ) -> Callable[[parity.Outputs], parity.Outputs]:
     """A candidate that gives `tensors` as the original does, those of the piece by the piece."""
