@@ -72,21 +72,36 @@ def find(
     if model is None:
         model, sites = read.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
+    return whole, _wrong(read.path, fused, proto, model, sites, cases, description, whole.feed)
+
+
+def _wrong(
+    path: Path,
+    fused: Path,
+    proto: onnx.ModelProto,
+    model: ir.Model,
+    sites: list[graph.Site],
+    cases: list[Feed],
+    description: str,
+    worst: Feed | None,
+) -> Wrong:
+    """Which of `sites`, of the `model` in the file `path`, are wrong in `fused`, read as `proto`;
+    `worst` is the feed on which the whole differs most."""
     all_pieces = pieces(model, proto, sites)
     every = {site for piece in all_pieces for site in piece.sites}
     missing_nodes = _gone(model, proto)
     if missing_nodes or not all_pieces:
         about = _about(sites, all_pieces, missing_nodes) or every
-        return whole, dict.fromkeys(about, _taken_away(missing_nodes))
+        return dict.fromkeys(about, _taken_away(missing_nodes))
     further = [*longer(model, proto, all_pieces)]
     parts = all_pieces + further
     names = list(dict.fromkeys(name for one in parts for name in (*one.inputs, *one.outputs)))
-    values = around(read.path, names)
+    values = around(path, names)
     wrong = _wrong_pieces(values, proto, all_pieces, further, cases, description)
     if not wrong:
-        line = _elsewhere(proto, fused, names, values, whole.feed)
-        return whole, {site: [line] for site in every}
-    return whole, wrong_values.told(read.path, proto, model, sites, wrong)
+        line = _elsewhere(proto, fused, names, values, worst)
+        return {site: [line] for site in every}
+    return wrong_values.told(path, proto, model, sites, wrong)
 
 
 def _wrong_pieces(
