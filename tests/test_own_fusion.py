@@ -46,6 +46,11 @@ def test_rules_of_ones_own_are_compared(tmp_path, rule):
     wrong = valid(explain(path, rules=f"{rule}:Wrong"))
     assert [(site.fused, site.wrong) for site in wrong.sites] == [(True, True)]
     assert (wrong.parity.held, wrong.failed) == (False, True)
+    assert wrong.sites[0].wanted == [
+        "Attention, scale: the original multiplies q·kᵀ by 0.5, the operator by 0.75"
+    ]
+    lines = str(wrong).splitlines()
+    assert lines[2:4] == ["1 site fused wrong: n_softmax", f"   {wrong.sites[0].wanted[0]}"]
 
 
 def test_stock_fusions_are_compared_if_asked(tmp_path):

@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain import wrong_sites
 from helpers.explain.optimizer_watch import NORMALIZATIONS, Call, FusionWatch
+from helpers.explain.pieces import pieces
 from helpers.explain.reasons import Check, Reason
 from helpers.explain.verdicts import Outcome
 from helpers.graph import walks
@@ -52,9 +52,7 @@ def _became(
     still = {i for i, s in enumerate(sites) if not s.fused and not left.isdisjoint(_known_by(s))}
     fused = set(range(len(sites))) - still
     if sum(site.fused for site in sites_after) < len(fused):  # some are neither
-        stand_for = {
-            site for piece in wrong_sites.pieces(model, optimised, sites) for site in piece.sites
-        }
+        stand_for = {site for piece in pieces(model, optimised, sites) for site in piece.sites}
         fused = {i for i in fused if i in stand_for or sites[i].fused}
     return fused, still
 

@@ -268,13 +268,15 @@ def _short(text: str, width: int = 160) -> str:
 @dataclass
 class Verdict:
     """What became of one attention site of the input file; `name` is that of its Softmax, or of the
-    operator that it already was. `reason` is a number in Explanation.reasons, of an unfused one."""
+    operator that it already was. `reason` is a number in Explanation.reasons, of an unfused one;
+    `wanted` has a line for each thing that the operator of a wrong one wants, and what it got."""
 
     name: str
     layer: str | None
     fused: bool
     wrong: bool = False
     reason: int | None = None
+    wanted: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -315,6 +317,7 @@ class Explanation:
             wrong = [site.name for site in self.sites if site.wrong]
             more = f" … {wrong[-1]}" if len(wrong) > 1 else ""
             lines += [f"{count(len(wrong), 'site')} fused wrong: {wrong[0]}{more}"] if wrong else []
+            lines += [f"   {line}" for line in self._wanted()]
         lines += [f"{self.written}: written"] if self.written else []
         lines += notes
         for number, reason in enumerate(self.reasons[:SHOWN]):
@@ -340,6 +343,16 @@ class Explanation:
                 for row in self.what_if
             ]
         return "\n".join(lines)
+
+    def _wanted(self) -> list[str]:
+        """What the first wrong site wants and got, and how many others have got the same."""
+        wanted = [site.wanted for site in self.sites if site.wrong]
+        if not wanted or not wanted[0]:
+            return []
+        others = sum(lines != wanted[0] for lines in wanted)
+        return wanted[0] + (
+            [f"{count(others, 'other')} got something else: see --json"] * (others > 0)
+        )
 
     def table(self, reason: int = 0) -> pd.DataFrame:
         """The paths that were tried for `reason` and did not match, best first, one a row."""

@@ -9,7 +9,6 @@ not spoil the verdict on those after it, and must give what the original has bel
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,29 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from helpers import files, graph, parity
+from helpers.explain import wrong_values
+from helpers.explain.got import rounding
+from helpers.explain.pieces import Piece, alone, around, longer, pieces
 from helpers.explain.reasons import Explanation, Verdict
 from helpers.feeds import Feed
-from helpers.graph import external, walks
+from helpers.graph import walks
+
+Wrong = dict[int | str, list[str]]
+Values = Callable[[parity.Outputs], parity.Outputs]  # of named tensors, on given inputs
+_ELSEWHERE = (
+    "by itself, on the original's values, it was not found to be wrong: the fault is elsewhere"
+)
 
 
-@dataclass
-class Piece:
-    """Nodes of the optimised graph around a fused operator, between tensors of both graphs."""
-
-    nodes: list[onnx.NodeProto]
-    inputs: list[str]
-    outputs: list[str]
-    stands_for: set[ir.Node]  # in the original graph
-    sites: list[int | str]
-
-
-def mark(answer: Explanation, whole: parity.Candidate, wrong: set[int | str]) -> None:
+def mark(answer: Explanation, whole: parity.Candidate, wrong: Wrong) -> None:
     """Add to `answer` what `find` returned: the comparison, and which sites are wrong."""
     answer.parity = whole
     answer.parity.name = "the optimised graph"
-    for site in wrong:
+    for site, wanted in wrong.items():
         if isinstance(site, str):  # it fused what is no attention
-            answer.sites.append(Verdict(site, None, True, wrong=True))
-        else:
-            answer.sites[site].wrong = answer.sites[site].fused
+            answer.sites.append(Verdict(site, None, True, wrong=True, wanted=wanted))
+        elif answer.sites[site].fused:
+            answer.sites[site].wrong, answer.sites[site].wanted = True, wanted
 
 
 def find(
@@ -53,59 +50,123 @@ def find(
     model: ir.Model | None = None,
     sites: list[graph.Site] | None = None,
     read: files.Opened | None = None,
-) -> tuple[parity.Candidate, set[int | str]]:
+) -> tuple[parity.Candidate, Wrong]:
     """Compare the model `fused` with the `original`, and say which of its sites are wrong.
 
     `model` is the graph that was fused, if it has been read, with its `sites`: the `original`, or
     what was `read` in its place, as where it had to be brought to another opset first.
 
-    Returns the comparison of all, and numbers in ``graph.sites`` of the `original`, or the
-    name of a tensor where an operator stands for what was no site there. None where parity holds;
-    every fused one where the fault is in none alone. Of a model that does not load, those are wrong
-    that have taken away what is read elsewhere.
+    Returns the comparison of all, and by number in ``graph.sites`` of the `original`, or the name
+    of a tensor where an operator stands for what was no site there, what each wrong one wants and
+    what it got, in lines. None where parity holds; every fused one where the fault is in none
+    alone. Of a model that does not load, those are wrong that have taken away what is read
+    elsewhere.
     """
     fused = Path(fused).absolute()
     candidate = _candidate(original, fused)
     whole = parity.compare(original, [candidate], cases, description).candidates[0]
     if whole.held:
-        return whole, set()
+        return whole, {}
     proto = onnx.load(fused)
     read = read or original
     if model is None:
         model, sites = read.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
+    return whole, _wrong(read.path, fused, proto, model, sites, cases, description, whole.feed)
+
+
+def _wrong(
+    path: Path,
+    fused: Path,
+    proto: onnx.ModelProto,
+    model: ir.Model,
+    sites: list[graph.Site],
+    cases: list[Feed],
+    description: str,
+    worst: Feed | None,
+) -> Wrong:
+    """Which of `sites`, of the `model` in the file `path`, are wrong in `fused`, read as `proto`;
+    `worst` is the feed on which the whole differs most."""
     all_pieces = pieces(model, proto, sites)
     every = {site for piece in all_pieces for site in piece.sites}
     missing_nodes = _gone(model, proto)
     if missing_nodes or not all_pieces:
-        return whole, _about(sites, all_pieces, missing_nodes) or every
-    wrong = _wrong_pieces(read.path, proto, all_pieces, cases, description)
-    return whole, {site for piece in wrong for site in piece.sites} or every
+        about = _about(sites, all_pieces, missing_nodes) or every
+        return dict.fromkeys(about, _taken_away(missing_nodes))
+    further = [*longer(model, proto, all_pieces)]
+    parts = all_pieces + further
+    names = list(dict.fromkeys(name for one in parts for name in (*one.inputs, *one.outputs)))
+    values = around(path, names)
+    wrong = _wrong_pieces(values, proto, all_pieces, further, cases, description)
+    if not wrong:
+        line = _elsewhere(proto, fused, names, values, worst)
+        return {site: [line] for site in every}
+    return wrong_values.told(path, proto, model, sites, wrong)
 
 
 def _wrong_pieces(
-    path: Path,
+    original: Values,
     proto: onnx.ModelProto,
     pieces: list[Piece],
+    further: list[Piece],
     cases: list[Feed],
     description: str,
-) -> list[Piece]:
+) -> list[tuple[Piece, Feed]]:
     """Those of `pieces`, of the optimised model `proto`, that compute something else than the
-    original at `path` does there. None where it has no numbers to compare there."""
-    outputs = list(dict.fromkeys(name for piece in pieces for name in piece.outputs))
-    inputs = list(dict.fromkeys(name for piece in pieces for name in piece.inputs))
-    around = _around(path, list(dict.fromkeys([*outputs, *inputs])))
-    runs = [_runner(piece, proto, around, outputs) for piece in pieces]
+    `original` has there, and on what most. None where there are no numbers to compare.
+
+    `further` are such with what follows them, for those that are right by themselves.
+    """
+    outputs = list(dict.fromkeys(name for piece in pieces + further for name in piece.outputs))
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
-        values = around(arrays)
+        values = original(arrays)
         return {name: values[name] for name in outputs}
 
-    try:
+    def wrong(pieces: list[Piece]) -> list[tuple[Piece, Feed]]:
+        runs = [_runner(piece, proto, original, outputs) for piece in pieces]
+        if not runs:
+            return []
         judged = parity.compare(reference, runs, cases, description).candidates
+        return [
+            (piece, candidate.feed or shortest)
+            for piece, candidate in zip(pieces, judged, strict=True)
+            if not candidate.held
+        ]
+
+    shortest = min(cases, key=lambda feed: sum(array.size for array in feed.arrays.values()))
+    try:
+        found = wrong(pieces)
+        told = {site for piece, _ in found for site in piece.sites}
+        return found + wrong([piece for piece in further if told.isdisjoint(piece.sites)])
     except files.BadInput:  # no numbers to compare there
         return []
-    return [piece for piece, candidate in zip(pieces, judged, strict=True) if not candidate.held]
+
+
+def _elsewhere(
+    proto: onnx.ModelProto, fused: Path, names: list[str], original: Values, feed: Feed | None
+) -> str:
+    """That the fault is at no site, and which of the tensors `names`, of the optimised model
+    `proto` in the file `fused`, is the first that is another than in the original."""
+    if feed is None:
+        return _ELSEWHERE
+    given = {value.name for value in proto.graph.input}
+    arrays = {name: array for name, array in feed.arrays.items() if name in given}
+    wanted, found = original(feed.arrays), around(fused, names)(arrays)
+    for node in proto.graph.node:
+        for name in {*node.output} & {*names}:
+            if not _close(found[name], wanted[name]):
+                which = f"{name}, of {node.op_type} {node.name}".rstrip()
+                return f"{_ELSEWHERE}; the first tensor that differs is {which}"
+    return _ELSEWHERE
+
+
+def _close(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors are the same to within rounding."""
+    if array.shape != other.shape:
+        return False
+    most = rounding(array, other) * np.abs(other).max(initial=0)
+    return np.allclose(array, other, 0, most, equal_nan=True)
 
 
 def _candidate(original: files.Opened, fused: Path) -> parity.Model:
@@ -128,80 +189,6 @@ def _candidate(original: files.Opened, fused: Path) -> parity.Model:
     return run
 
 
-class _Numbered:
-    """The nodes of a graph, by their numbers, and who makes and reads each tensor."""
-
-    def __init__(self, proto: onnx.GraphProto) -> None:
-        self.nodes = list(proto.node)
-        self._constants = {initializer.name for initializer in proto.initializer} | {""}
-        self._maker: dict[str, int] = {}
-        self._readers: dict[str, list[int]] = {}
-        for number, node in enumerate(self.nodes):
-            self._maker.update((name, number) for name in node.output if name)
-            for name in filter(None, node.input):
-                self._readers.setdefault(name, []).append(number)
-
-    def first_below(self, number: int, tensors: set[str]) -> list[str]:
-        """The nearest of `tensors` after a node, or none."""
-
-        def below(number: int) -> list[int]:
-            outputs = self.nodes[number].output
-            return [reader for name in outputs for reader in self._readers.get(name, ())]
-
-        numbers = walks.walk([number], below)
-        outputs = (name for number in numbers for name in self.nodes[number].output)
-        return next(([name] for name in outputs if name in tensors), [])
-
-    def cut(self, outputs: list[str], tensors: set[str]) -> tuple[list[onnx.NodeProto], list[str]]:
-        """The nodes that compute `outputs` from `tensors` and inputs of the graph, and from which
-        of these."""
-
-        def is_inner(name: str) -> bool:
-            return name in self._maker and name not in tensors and name not in self._constants
-
-        def above(number: int) -> list[int]:
-            return [self._maker[name] for name in self.nodes[number].input if is_inner(name)]
-
-        inside = list(walks.walk((self._maker[name] for name in outputs), above))
-        read = dict.fromkeys(name for number in inside for name in self.nodes[number].input)
-        inputs = [name for name in read if not is_inner(name) and name not in self._constants]
-        return [self.nodes[number] for number in sorted(inside)], inputs
-
-
-def pieces(model: ir.Model, proto: onnx.ModelProto, sites: list[graph.Site]) -> list[Piece]:
-    """The pieces around the operators of `proto`, the optimised `model`, that it has put there.
-
-    `sites` are those of `model`.
-    """
-    tensors = {output.name for node in model.graph for output in node.outputs if output.name}
-    tensors |= {value.name for value in model.graph.inputs}
-    was = {site.node.outputs[0].name for site in sites if site.fused}
-    numbered = _Numbered(proto.graph)
-    pieces_of_sites = []
-    for number, node in enumerate(numbered.nodes):
-        if (node.domain, node.op_type) not in graph.FUSED or node.output[0] in was:
-            continue
-        own = [name for name in node.output if name in tensors]
-        outputs = own or numbered.first_below(number, tensors)
-        if not outputs:
-            continue
-        nodes, inputs = numbered.cut(outputs, tensors)
-        was_there = _between(model, outputs, set(inputs))
-        within = [i for i, site in enumerate(sites) if site.context in was_there] or [outputs[0]]
-        pieces_of_sites.append(Piece(nodes, inputs, outputs, was_there, within))
-    return pieces_of_sites
-
-
-def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node]:
-    """The nodes of the original graph between its tensors `stop` and `outputs`."""
-
-    def above(node: ir.Node) -> list[ir.Node]:
-        inputs = (value for value in node.inputs if value is not None and value.name not in stop)
-        return [value.producer() for value in inputs if value.producer()]
-
-    return set(walks.walk((graph.find(model, name) for name in outputs), above))
-
-
 def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
     """The nodes of the original graph whose results are read in `proto`, and made no longer."""
     computed = {name for node in proto.graph.node for name in node.output}
@@ -210,6 +197,13 @@ def _gone(model: ir.Model, proto: onnx.ModelProto) -> list[ir.Node]:
     read += [output.name for output in proto.graph.output]
     makers = {output.name: node for node in model.graph for output in node.outputs}
     return [makers[name] for name in dict.fromkeys(read) if name not in computed and name in makers]
+
+
+def _taken_away(missing_nodes: list[ir.Node]) -> list[str]:
+    return [
+        f"{node.op_type} {graph.name(node)}: what it gives is read elsewhere, and made no longer"
+        for node in missing_nodes
+    ]
 
 
 def _about(
@@ -230,62 +224,21 @@ def _about(
     return set() if nearest is None else {nearest}
 
 
-def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:
-    """Runs the original for the values of the tensors `names`; its answers are kept."""
-    proto, folder = external.read(path)
-    inputs = {value.name for value in proto.graph.input}
-    asked = [name for name in names if name not in inputs]
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
-    del proto
-    answers: list[tuple[parity.Outputs, parity.Outputs]] = []  # for each feed that was run
-
-    def run(arrays: parity.Outputs) -> parity.Outputs:
-        for feed, answer in answers:
-            if feed is arrays:
-                return answer
-        values = dict(zip(asked, session.run(asked, arrays), strict=True))
-        answers.append((arrays, {**arrays, **values}))
-        return answers[-1][1]
-
-    return run
-
-
 def _runner(
     piece: Piece,
     proto: onnx.ModelProto,
-    around: Callable[[parity.Outputs], parity.Outputs],
+    original: Values,
     tensors: list[str],
 ) -> Callable[[parity.Outputs], parity.Outputs]:
     """A candidate that gives `tensors` as the original does, those of the piece by the piece."""
     sessions: list[ort.InferenceSession] = []
 
     def run(arrays: parity.Outputs) -> parity.Outputs:
-        values = around(arrays)
+        values = original(arrays)
         if not sessions:
-            sessions.append(files.session(_alone(piece, proto, values).SerializeToString()))
+            sessions.append(files.session(alone(piece, proto, values).SerializeToString()))
         feed = {name: np.asarray(values[name]) for name in piece.inputs}
         outputs = dict(zip(piece.outputs, sessions[0].run(piece.outputs, feed), strict=True))
         return {name: outputs.get(name, values[name]) for name in tensors}
 
     return run
-
-
-def _alone(piece: Piece, proto: onnx.ModelProto, values: parity.Outputs) -> onnx.ModelProto:
-    """A model of the piece, of the model `proto`, alone; its inputs have the types of `values`."""
-    inputs = [
-        onnx.helper.make_tensor_value_info(
-            name,
-            onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype),
-            [None] * values[name].ndim,
-        )
-        for name in piece.inputs
-    ]
-    outputs = [onnx.ValueInfoProto(name=name) for name in piece.outputs]
-    read = {name for node in piece.nodes for name in node.input}
-    weights = [tensor for tensor in proto.graph.initializer if tensor.name in read]
-    body = onnx.helper.make_graph(piece.nodes, "piece", inputs, outputs, weights)
-    return onnx.helper.make_model(
-        body, opset_imports=proto.opset_import, ir_version=proto.ir_version
-    )

@@ -21,12 +21,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers import files, graph
-from helpers.graph import walks
-from helpers.graph.caches import PASTS
-from helpers.graph.masks import SEQLENS, masking_inputs, rotates, score_paths
+from helpers.graph import operators, walks
+from helpers.graph.masks import masking_inputs, rotates, score_paths
+from helpers.graph.operators import Holds
 from helpers.graph.values import COMPARING, LOGICAL, SHAPING, finite_number, looked_up
 
-_TOTAL = 6  # input of GroupQueryAttention: how many positions there are
 _KEEPING_IDS = SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
 _SCALING = {"Add", "Mul", "Sub"}
 _ELEMENTWISE = graph.ELEMENTWISE | LOGICAL
@@ -166,7 +165,7 @@ def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) 
     small = all(dim == 1 for dim in entry.dims)
     if small and any(node.op_type == "If" for node, _ in sinks):
         return "flag"
-    grouped = {at for node, at in sinks if node.op_type == "GroupQueryAttention"}
+    held = {what for node, at in sinks for what in operators.held(node, at)}
     if entry.is_float:
         masks = len(entry.dims) > 1 and any(
             (node, at) in score_paths for node, at in walks.uses(value, SHAPING | _ELEMENTWISE)
@@ -176,8 +175,8 @@ def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) 
         named = "mask" in entry.name and 1 < len(entry.dims) < 4 and not hidden
         return "mask" if masks or named else "floats"
     if len(entry.dims) < 2 or small:
-        if grouped & {SEQLENS, _TOTAL}:
-            return "last" if SEQLENS in grouped and entry.dims else "total"
+        if held & {Holds.LAST, Holds.TOTAL}:
+            return "last" if Holds.LAST in held and entry.dims else "total"
         if entry.dtype.kind == "b":
             return "flag" if small else "integers"
         if rotates(value):
@@ -185,7 +184,7 @@ def _role(entry: Input, value: ir.Value, score_paths: set[tuple[ir.Node, int]]) 
         return "amount" if small else "lengths"
     if rotates(value):
         return "positions"
-    entry.counted = SEQLENS in grouped
+    entry.counted = Holds.LAST in held
     one_a_sample = len(entry.dims) == 2 and entry.dims[1] == 1
     if one_a_sample and any(node.op_type in COMPARING for node, _ in sinks):
         return "lengths"
@@ -278,7 +277,7 @@ def _compared(value: ir.Value) -> tuple[int, ...]:
 def _grows(cache: ir.Value) -> bool:
     """Whether new keys or values are appended to a cache: by Concat, or by an operator."""
     return any(
-        node.op_type == "Concat" or at in PASTS.get((node.domain, node.op_type), ())
+        node.op_type == "Concat" or at in operators.numbers(node, *operators.PASTS)
         for node, at in walks.uses(cache, SHAPING - {"Concat"})
     )
 

@@ -1,6 +1,6 @@
-"""What operators of com.microsoft mask, read off what they are given: they give out no scores.
+"""What attention operators mask, read off what they are given.
 
-Follows ONNX Runtime's Attention and MultiHeadAttention. Shapes: B batch, N heads,
+It is asked of those of com.microsoft, which give out no scores. Shapes: B batch, N heads,
 S queries, T keys (past ones included).
 """
 
@@ -8,57 +8,111 @@ import numpy as np
 import onnx
 
 from helpers import graph
+from helpers.graph import operators
+from helpers.graph.operators import Holds
 
-# Operator → its inputs: (mask, bias, past, axis of the past's length).
-_INPUTS = {"Attention": (3, 5, 4, 3), "MultiHeadAttention": (4, 5, 6, 2)}
+_KINDS = {(graph.MICROSOFT, "Attention"), (graph.MICROSOFT, "MultiHeadAttention")}
+_READ = (Holds.HIDDEN, Holds.QUERY, Holds.KEY, Holds.MASK, Holds.BIAS, Holds.PAST, Holds.PAST_KEY)
 MASKED = -5e3  # scores at most this low have been masked: by -1e4, -1e6, the smallest float, …
 
 
 def reads(node: onnx.NodeProto) -> list[str]:
-    """The tensors that tell what `node` masks; none where it is no such operator."""
-    if node.domain != graph.MICROSOFT or node.op_type not in _INPUTS:
+    """The tensors that tell what `node` masks; none where it gives out its scores, or where that is
+    not known."""
+    if (node.domain, node.op_type) not in _KINDS:
         return []
-    mask, bias, past, _ = _INPUTS[node.op_type]
-    wanted = [0, mask, bias, past] + ([1] if node.op_type == "MultiHeadAttention" else [])
+    wanted = operators.numbers(node, *_READ)
     return [node.input[at] for at in wanted if at < len(node.input) and node.input[at]]
 
 
 def masked(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
-    """True where `node` masks a score, (B, 1 or N, S, T)."""
-
-    def given(at: int) -> np.ndarray | None:
-        name = node.input[at] if at < len(node.input) else ""
-        return values.get(name)
-
-    mask_at, bias_at, past_at, axis = _INPUTS[node.op_type]
-    query, mask, bias, past = (given(at) for at in (0, mask_at, bias_at, past_at))
-    batch, queries = query.shape[:2]
-    keys = queries
-    if node.op_type == "MultiHeadAttention" and (key := given(1)) is not None:
-        keys = key.shape[2] if key.ndim == 4 else key.shape[1]
-    if past is not None:
-        keys += past.shape[axis]
+    """True where `node`, an operator of the table, masks a score, (B, 1 or N, S, T)."""
+    batch, queries, keys = _lengths(node, values)
     hidden = np.zeros((batch, 1, queries, keys), bool)
-    if mask is not None:
-        hidden = hidden | _of_mask(mask, batch, queries, keys)
+    bias = added(node, values)
     if bias is not None:
         hidden = hidden | ~(bias > MASKED)
-    if any(attribute.name == "unidirectional" and attribute.i for attribute in node.attribute):
-        own = np.arange(queries)[:, None] + keys - queries
-        hidden = hidden | (np.arange(keys)[None, :] > own)
-    return hidden
+    for one in operators.of(node).holding(Holds.MASK, Holds.COUNT, Holds.ENDS, Holds.LAST):
+        mask = _given(node, values, one)
+        if mask is None or (one.type == "bool") != (mask.dtype == bool):
+            continue
+        if mask.dtype == bool:
+            hidden = hidden | ~_spread(mask)
+        elif one.holds is not Holds.MASK and one.layout(mask.ndim):
+            hidden = hidden | _beyond(mask + (one.holds is Holds.LAST), hidden)
+        elif one.holds is Holds.MASK and mask.ndim > 1:
+            hidden = hidden | _of_mask(mask, hidden)
+    return _causal(node, hidden)
 
 
-def _of_mask(mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:
+def added(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray | None:
+    """What `node` adds to its scores, (B or 1, N or 1, S, T); None where it is given nothing."""
+    for one in operators.of(node).holding(Holds.BIAS):
+        bias = _given(node, values, one)
+        if bias is not None and bias.dtype != bool:
+            return _spread(bias)
+    return None
+
+
+def _given(
+    node: onnx.NodeProto, values: dict[str, np.ndarray], one: operators.Input
+) -> np.ndarray | None:
+    return values.get(node.input[one.number]) if one.number < len(node.input) else None
+
+
+def _lengths(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> tuple[int, int, int]:
+    """How many rows there are, queries, and keys with past ones."""
+    found = {}
+    for symbol, *holds in (
+        ("B", Holds.HIDDEN, Holds.QUERY, Holds.PACKED),
+        ("S", Holds.HIDDEN, Holds.QUERY, Holds.PACKED),
+        ("L", Holds.KEY),
+        ("P", Holds.PAST, Holds.PAST_KEY),
+    ):
+        for one in operators.of(node).holding(*holds):
+            array = _given(node, values, one)
+            layout = one.layout(array.ndim) if array is not None else None
+            if layout and symbol in layout.split():
+                found[symbol] = array.shape[layout.split().index(symbol)]
+    return found["B"], found["S"], found.get("L", found["S"]) + found.get("P", 0)
+
+
+def _spread(array: np.ndarray) -> np.ndarray:
+    """`array` in a layout of "B N S T" with four axes, of which those that it lacks are 1."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def _causal(node: onnx.NodeProto, hidden: np.ndarray) -> np.ndarray:
+    """`hidden`, and what is later than the query if the operator is causal, or before a window."""
+    operator = operators.of(node)
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    if given.get(operator.causal, operator.causal_default):
+        hidden = hidden | later(hidden)
+    window = given.get("local_window_size", -1)
+    return hidden | ~later(hidden, -window) if window > 0 else hidden
+
+
+def later(scores: np.ndarray, by: int = 0) -> np.ndarray:
+    """True where a key is later than the query and `by` more, (S, T); the last query is that of the
+    last key."""
+    queries, keys = scores.shape[-2:]
+    return np.arange(keys)[None, :] > np.arange(queries)[:, None] + keys - queries + by
+
+
+def _beyond(ends: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """True where a row has no key by its `ends`, (B,), or (2·B,) with where they begin as well."""
+    batch, at = len(hidden), np.arange(hidden.shape[-1])
+    ends = ends.ravel()
+    starts = ends[batch:, None] if len(ends) == 2 * batch else 0
+    return ((at >= ends[:batch, None]) | (at < starts))[:, None, None, :]
+
+
+def _of_mask(mask: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """True where a mask_index or key_padding_mask has no key, in the forms that there are."""
-    at = np.arange(keys)
-    if mask.ndim == 1:  # (B,): where keys end; (2·B,): and where they begin
-        end = mask[:batch, None]
-        start = mask[batch : 2 * batch, None] if len(mask) == 2 * batch else 0
-        return ((at >= end) | (at < start))[:, None, None, :]
+    queries, keys = hidden.shape[-2:]
     kept = mask != 0
-    if mask.ndim == 2:  # (B, T)
-        return ~kept[:, None, None, :keys]
+    if mask.ndim == 2:  # (B, T), or (B, 1) for none
+        return ~kept[:, None, None, :] if mask.shape[-1] == keys else np.zeros_like(hidden)
     if mask.ndim == 3:  # (B, S, T)
         return ~kept[:, None]
     return ~kept[:, :, keys - queries : keys, :keys]  # (B, 1, M, M), M the longest there may be

@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.graph import walks
+from helpers.graph import operators, walks
+from helpers.graph.operators import Holds
 from helpers.graph.values import finite_number
 
 ENOUGH = 1030  # positions beyond which no feed goes: above the windows of 1,024
@@ -41,10 +42,6 @@ _KEEPING = {
 }
 _COMPARING = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _SHIFTING = {"Add", "Sub"}
-_ROTATIONS = {  # operators with tables of sines: where the table is
-    (graph.MICROSOFT, "GroupQueryAttention"): 7,
-    (graph.MICROSOFT, "RotaryEmbedding"): 2,
-}
 
 
 def windows(model: ir.Model, positions: set[ir.Value]) -> list[int]:
@@ -183,7 +180,8 @@ def table(model: ir.Model) -> int | None:
     """The rows of the smallest table of sines whose operator does not look whether it ends."""
     rows = []
     for node in graph.nodes(model):
-        at = _ROTATIONS.get((node.domain, node.op_type))
+        rotates = (node.domain, node.op_type) == (graph.MICROSOFT, "RotaryEmbedding")
+        at = 2 if rotates else next(iter(operators.numbers(node, Holds.COS)), None)
         value = node.inputs[at] if at is not None and len(node.inputs) > at else None
         if value is not None and value.shape is not None and isinstance(value.shape[0], int):
             rows.append(value.shape[0])

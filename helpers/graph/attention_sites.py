@@ -10,18 +10,17 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers.graph import walks
+from helpers.graph.operators import OPERATORS
 from helpers.graph.reading import MICROSOFT, STANDARD, module, name, nodes
 from helpers.graph.values import ELEMENTWISE, constant, stated_rank
 
 # Operators that are an attention site by themselves.
-FUSED = {(domain, "Attention") for domain in (*STANDARD, MICROSOFT)} | {
+FUSED = {*OPERATORS} | {
     (MICROSOFT, name)
     for name in (
         "DecoderMaskedMultiHeadAttention",
         "DecoderMaskedSelfAttention",
-        "GroupQueryAttention",
         "LongformerAttention",
-        "MultiHeadAttention",
         "PackedAttention",
         "PackedMultiHeadAttention",
         "PagedAttention",

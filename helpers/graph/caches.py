@@ -12,19 +12,10 @@ from itertools import chain
 
 import onnx_ir as ir
 
-from helpers.graph import walks
+from helpers.graph import operators, walks
 from helpers.graph.attention_sites import Site, through
-from helpers.graph.reading import MICROSOFT
 from helpers.graph.values import ELEMENTWISE, SHAPING, constant, dim, rank, size, stated_rank
 
-# Attention operators' inputs that are caches, and the outputs that are these with what is new.
-PASTS = {
-    ("", "Attention"): (4, 5),
-    (MICROSOFT, "Attention"): (4,),
-    (MICROSOFT, "MultiHeadAttention"): (6, 7),
-    (MICROSOFT, "GroupQueryAttention"): (3, 4),
-}
-_PRESENTS = dict.fromkeys(PASTS, (1, 2)) | {(MICROSOFT, "Attention"): (1,)}
 _MOVING = SHAPING - {"Concat"}
 _HANDING = {"Cast", "Concat", "Identity", "QuantizeLinear", "Transpose", "Unsqueeze"}
 
@@ -139,8 +130,8 @@ def _repeated(value: ir.Value, axis: int) -> ir.Node | None:
 
 def _outputs(node: ir.Node) -> list[int]:
     """The numbers of the outputs of an operator that are caches."""
-    numbers = _PRESENTS.get((node.domain, node.op_type), ())
-    return [at for at in numbers if at < len(node.outputs)]
+    operator = operators.of(node)
+    return [at for at in operator.presents if at < len(node.outputs)] if operator else []
 
 
 def _given_out(values: Iterable[ir.Value]) -> list[ir.Value]:
@@ -174,7 +165,7 @@ def _sources(values: Sequence[ir.Value]) -> Iterator[ir.Value]:
 
 def _of_operator(site: Site) -> Iterator[Cache]:
     node = site.node
-    for at, number in enumerate(PASTS.get((node.domain, node.op_type), ())):
+    for at, number in enumerate(operators.numbers(node, *operators.PASTS)):
         value = node.inputs[number] if number < len(node.inputs) else None
         given, axis = _origin(value, -2) if value is not None else (None, 0)
         if given is not None:

@@ -7,24 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from helpers.graph import walks
+from helpers.graph import operators, walks
 from helpers.graph.attention_sites import FUSED, SHAPES, Site
+from helpers.graph.operators import Holds
 from helpers.graph.reading import MICROSOFT
 from helpers.graph.values import ELEMENTWISE, LOGICAL, SHAPING, dim, rank
 
-# Operators whose input of that number is a mask by the operator's own definition.
-MASK_INPUTS = {
-    ("", "Attention"): (3,),
-    (MICROSOFT, "Attention"): (3, 5),
-    (MICROSOFT, "MultiHeadAttention"): (4, 5),
+# Operators beside those of the table whose input of that number is a mask by their own definition.
+_MASK_INPUTS = {
     (MICROSOFT, "DecoderMaskedMultiHeadAttention"): (3, 4),
     (MICROSOFT, "EmbedLayerNormalization"): (7,),
     (MICROSOFT, "QEmbedLayerNormalization"): (7,),
-    (MICROSOFT, "GroupQueryAttention"): (10,),
 }
-# And a count of the keys of each row.
-_COUNTS = {("", "Attention"): (6,), (MICROSOFT, "GroupQueryAttention"): (5,)}
-SEQLENS = 5  # input of GroupQueryAttention: the index of the last key of each row
 _ROTATING = SHAPING | {"Add", "Einsum", "MatMul", "Mul", "Sub"}  # from positions to their angles
 
 
@@ -36,6 +30,12 @@ def rotates(value: ir.Value) -> bool:
     )
 
 
+def mask_inputs(node: ir.Node) -> Sequence[int]:
+    """The inputs of an operator, by number, that are a mask or are added to the scores."""
+    known = operators.numbers(node, Holds.MASK, Holds.BIAS)
+    return known or _MASK_INPUTS.get((node.domain, node.op_type), ())
+
+
 def score_paths(sites: Sequence[Site]) -> set[tuple[ir.Node, int]]:
     """Where something meets the scores of an attention site, or its weights, beside them: node, and
     input.
@@ -45,8 +45,7 @@ def score_paths(sites: Sequence[Site]) -> set[tuple[ir.Node, int]]:
     """
     meetings = set()
     for site in sites:
-        masks = MASK_INPUTS.get((site.node.domain, site.node.op_type), ())
-        meetings |= {(site.node, position) for position in masks}
+        meetings |= {(site.node, position) for position in mask_inputs(site.node)}
         for start in (site.scores, site.node) if site.scores is not None else ():
             meetings |= {*_beside(start, site.node)}
     return meetings
@@ -97,11 +96,11 @@ def masking_inputs(model: ir.Model, sites: Sequence[Site]) -> set[ir.Value]:
 def _counting(sites: Sequence[Site]) -> Iterator[tuple[ir.Node, int]]:
     """Where operators count keys, or may mask them; and the mask of a BiasSoftmax."""
     for node in (site.node for site in sites):
-        kind = (node.domain, node.op_type)
         if node.op_type == "BiasSoftmax":
             yield node, 1
-        elif kind in FUSED:
-            known = _COUNTS.get(kind, ()) if kind in MASK_INPUTS else range(3, len(node.inputs))
+        elif (node.domain, node.op_type) in FUSED:
+            counts = operators.numbers(node, Holds.COUNT, Holds.LAST)
+            known = counts if mask_inputs(node) else range(3, len(node.inputs))
             yield from ((node, at) for at in known)
 
 

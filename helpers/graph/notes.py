@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from helpers.graph import repairs, walks
+from helpers.graph import operators, repairs, walks
 from helpers.graph.attention_sites import FUSED, SHAPES, Site, from_input, sites
-from helpers.graph.caches import PASTS, Cache, caches, heads_repeated, presents
+from helpers.graph.caches import Cache, caches, heads_repeated, presents
 from helpers.graph.masks import masking_inputs
 from helpers.graph.reading import counts, is_quantised, name, nodes, operator
 from helpers.graph.values import constant, looked_up, rank, size, stated_rank
@@ -107,7 +107,7 @@ def _outside(past: Sequence[Cache]) -> Iterator[str]:
     outside: dict[ir.Node, None] = {}
     for cache in past:
         node = cache.site.node
-        numbers = PASTS.get((node.domain, node.op_type), ())
+        numbers = operators.numbers(node, *operators.PASTS)
         given = [at for at in numbers if at < len(node.inputs) and node.inputs[at] is not None]
         if cache.node is not node and numbers and not given:
             outside[node] = None
