@@ -79,22 +79,22 @@ def find(
     missing_nodes = _gone(model, proto)
     if missing_nodes or not all_pieces:
         return whole, _about(sites, all_pieces, missing_nodes) or every
-    wrong = _wrong_pieces(read.path, proto, all_pieces, cases, description)
+    tensors = [name for piece in all_pieces for name in (*piece.outputs, *piece.inputs)]
+    around = _around(read.path, list(dict.fromkeys(tensors)), named=original.path)
+    wrong = _wrong_pieces(around, proto, all_pieces, cases, description)
     return whole, {site for piece in wrong for site in piece.sites} or every
 
 
 def _wrong_pieces(
-    path: Path,
+    around: Callable[[parity.Outputs], parity.Outputs],
     proto: onnx.ModelProto,
     pieces: list[Piece],
     cases: list[Feed],
     description: str,
 ) -> list[Piece]:
     """Those of `pieces`, of the optimised model `proto`, that compute something else than the
-    original at `path` does there. None where it has no numbers to compare there."""
+    original, run by `around`, does there. None where it has no numbers to compare there."""
     outputs = list(dict.fromkeys(name for piece in pieces for name in piece.outputs))
-    inputs = list(dict.fromkeys(name for piece in pieces for name in piece.inputs))
-    around = _around(path, list(dict.fromkeys([*outputs, *inputs])))
     runs = [_runner(piece, proto, around, outputs) for piece in pieces]
 
     def reference(arrays: parity.Outputs) -> parity.Outputs:
@@ -230,14 +230,22 @@ def _about(
     return set() if nearest is None else {nearest}
 
 
-def _around(path: Path, names: list[str]) -> Callable[[parity.Outputs], parity.Outputs]:
-    """Runs the original for the values of the tensors `names`; its answers are kept."""
+def _around(
+    path: Path, names: list[str], *, named: Path
+) -> Callable[[parity.Outputs], parity.Outputs]:
+    """Runs the original at `path` for the values of the tensors `names`; its answers are kept.
+
+    Raises `BadInput` about the file `named`, where what that was brought to at `path` does not run.
+    """
     proto, folder = external.read(path)
     inputs = {value.name for value in proto.graph.input}
     asked = [name for name in names if name not in inputs]
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
+    try:
+        session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
+    except Exception as error:  # a later opset, of which ONNX Runtime has fewer kernels
+        raise files.refused(path, error, named=named) from None
     del proto
     answers: list[tuple[parity.Outputs, parity.Outputs]] = []  # for each feed that was run
 
