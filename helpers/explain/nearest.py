@@ -37,8 +37,8 @@ def nearest(
     1, one less costs 1, another input than expected a little (Dijkstra on the edit distance). It
     goes through the nodes that matched and the input at which the attempt broke, if it can; through
     another input, if that leads to the end, which costs 1.1 more unless that is all that it needs,
-    as where a sum's operands are in another order; and, where any input would do, past the nodes that
-    matched if it fits much better. Without a `goal`, by any input.
+    as where a sum's operands are in another order; and, where any input would do, past the nodes
+    that matched if it fits much better. Without a `goal`, by any input.
     """
     if attempt.down:
         return None
