@@ -9,7 +9,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from test_explain import in_branch, options, valid
 from test_fuse import MASKED
 
-from helpers.explain import explain
+from helpers import graph
+from helpers.explain import explain, head_sizes
 from helpers.explain import onnxruntime_parts as parts
 
 # Attention as BERT's fusion wants it: a bias on each projection, a scale by Div, no mask.
@@ -92,6 +93,65 @@ def test_heads_are_told_before(tmp_path, caplog):
     missing, other = caplog.messages
     assert missing.endswith("; the graph has --num-heads 2 --hidden-size 8")
     assert other == "--num-heads 4 --hidden-size 8: the graph has --num-heads 2 --hidden-size 8"
+
+
+# How queries come about of x (batch, length, 8), two heads of width 4.
+LAST = "{} q = Transpose <perm = [0, 2, 1, 3]> (q2)"
+WAYS_TO_HEADS = {
+    "packed by heads": LAST.format("""a0 = MatMul (x, wqkv) a1 = Reshape (a0, by_heads)
+        q2 = Gather <axis = 3> (a1, zero)"""),
+    "packed in a head": LAST.format("""a0 = MatMul (x, wqkv) a1 = Reshape (a0, in_a_head)
+        q2, ak, av = Split <axis = -1> (a1, thirds)"""),
+    "cut out of a head": LAST.format("""a0 = MatMul (x, wqkv) a1 = Reshape (a0, in_a_head)
+        q2 = Slice (a1, from, to, last)"""),
+    "heads that are left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, left_over)"),
+    "a width that is left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, width_left)"),
+    "heads in the batch": """q0 = MatMul (x, wq) qt = Transpose <perm = [1, 0, 2]> (q0)
+        q2 = Reshape (qt, merged) q = Transpose <perm = [1, 0, 2]> (q2)""",
+    "rotated": LAST.format("""q0 = MatMul (x, wq) q1 = Reshape (q0, heads)
+        qc = Mul (q1, half) qa, qb = Split <axis = -1> (q1, halves) qn = Neg (qb)
+        qr = Concat <axis = -1> (qn, qa) qs = Mul (qr, half) q2 = Add (qc, qs)"""),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_HEADS)
+def test_how_many_heads_there_are(tmp_path, way):
+    start, end = ATTENTION.index("[n_q]"), ATTENTION.index("[n_k]")
+    wanted = {
+        **{"by_heads": [0, 0, 2, 3, 4], "in_a_head": [0, 0, 2, 12], "thirds": [4, 4, 4]},
+        **{"halves": [2, 2], "from": [0], "to": [4], "last": [-1], "left_over": [0, 0, -1, 4]},
+        **{"width_left": [0, 0, 2, -1], "merged": [0, -1, 4]},
+        "zero": 0,
+    }
+    arrays = {name: np.array(sizes) for name, sizes in wanted.items()}
+    wqkv = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+    text = ATTENTION[:start] + WAYS_TO_HEADS[way] + ATTENTION[end:]
+    model = graph.load(write(tmp_path / "a.onnx", text, wqkv=wqkv, **arrays))
+    [site] = graph.sites(model)
+    assert head_sizes.heads(site) == (2, 4)
+
+
+def test_heads_of_an_einsum(tmp_path):
+    text = ATTENTION.replace("q = Transpose <perm = [0, 2, 1, 3]> (q2)", "q = Identity (q2)")
+    way = 'Einsum <equation = "bqhd,bhdk->bhqk"> (q, k)'
+    path = write(tmp_path / "a.onnx", text.replace("MatMul (q, k)", way))
+    assert head_sizes.heads(graph.sites(graph.load(path))[0]) == (2, 4)
+
+
+ROTATED = """[n_turn] qa, qb = Split <axis = -1> (qs, pairs) qn = Neg (qb)
+    qr = Concat <axis = -1> (qn, qa) [n_cos] qc = Mul (qs, half) [n_sin] qt = Mul (qr, half)
+    [n_rotated] q = Add (qc, qt)"""
+
+
+@pytest.mark.parametrize("between", ["[n_scaled] q = Mul (qs, half)", ROTATED])
+def test_what_is_between_projection_and_product(tmp_path, between):
+    """Not "operands in another order", though the keys' Transpose is at the other input."""
+    text = BERT.replace("[n_q_transpose] q =", "[n_q_transpose] qs =")
+    text = text.replace("[n_scores]", f"{between} [n_scores]")
+    told = reason(write(tmp_path / "a.onnx", text, pairs=np.array([2, 2])))
+    assert (told.cause, told.attempt.at.name) == ("extra_node", "n_scores")
+    assert (told.message is not None) == (between is ROTATED)
+    assert told.message is None or "(rotary embeddings)" in told.message
 
 
 RAISES = """

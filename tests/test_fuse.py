@@ -364,17 +364,22 @@ def test_a_learned_query(tmp_path):
     assert (done.held, done.fused) == (True, 1), str(done)
 
 
-def test_a_site_in_a_branch(tmp_path):
-    inner = """
+IN_A_BRANCH = (
+    HEAD
+    + """
+    total = ReduceSum <keepdims = 0> (attention_mask) yes = Greater (total, first)
     c = If (yes) <
       then_branch = then () => (float[batch,2,length,4] c_then) {
         s0 = MatMul (q, kt) s = Mul (s0, root) p = Softmax <axis = -1> (s) c_then = MatMul (p, v)
       },
       else_branch = otherwise () => (float[batch,2,length,4] c_else) { c_else = Identity (q) }
     >"""
-    some = "total = ReduceSum <keepdims = 0> (attention_mask) yes = Greater (total, first)"
-    text = (HEAD + some + inner + TAIL).replace("MORE", "")
-    done = fuse.fuse(write(tmp_path / "in.onnx", text), tmp_path / "out.onnx")
+    + TAIL
+).replace("MORE", "")
+
+
+def test_a_site_in_a_branch(tmp_path):
+    done = fuse.fuse(write(tmp_path / "in.onnx", IN_A_BRANCH), tmp_path / "out.onnx")
     assert (done.held, done.sites, done.fused) == (True, 1, 1)
 
 

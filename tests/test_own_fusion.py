@@ -100,6 +100,20 @@ def test_stock_fusions_are_compared_if_asked(tmp_path):
     assert explain(path, "bart", **options(), parity=True).parity.held
 
 
+def test_what_no_run_gets_past_is_noted(tmp_path):
+    """A mask with one row, whose sizes shape inference alone knows."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[b,2,l,4] q, bool[b,l] kept) => (float[b,2,l,4] y) <int64[2] at = {1, 2}>
+    {
+      mask = Unsqueeze (kept, at)
+      [a] y = Attention (q, q, q, mask)
+    }"""
+    path = tmp_path / "a.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    [note] = explain(path, rules="onnxscript").notes
+    assert "Attention a has a mask with one row" in note
+
+
 def test_what_holds_is_written(tmp_path, rule, capsys):
     path, out = write(tmp_path / "a.onnx"), tmp_path / "out.onnx"
     assert main(["explain", str(path), "--rules", f"{rule}:Wrong", "--write", str(out)]) == 1

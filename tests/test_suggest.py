@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import ATTENTION, write
-from test_fuse import HEAD, NOT, TAIL, WAYS, body, source
+from test_fuse import HEAD, IN_A_BRANCH, NOT, WAYS, body, source
 
 from helpers import explain as explaining
 from helpers import export, files, graph
@@ -268,15 +268,7 @@ def test_a_cast_that_changes_nothing(tmp_path):
 
 
 def test_a_site_in_a_branch(tmp_path):
-    inner = """
-    c = If (yes) <
-      then_branch = then () => (float[batch,2,length,4] c_then) {
-        s0 = MatMul (q, kt) s = Mul (s0, root) p = Softmax <axis = -1> (s) c_then = MatMul (p, v)
-      },
-      else_branch = otherwise () => (float[batch,2,length,4] c_else) { c_else = Identity (q) }
-    >"""
-    some = "total = ReduceSum <keepdims = 0> (attention_mask) yes = Greater (total, first)"
-    check(write(tmp_path / "in.onnx", (HEAD + some + inner + TAIL).replace("MORE", "")))
+    check(write(tmp_path / "in.onnx", IN_A_BRANCH))
 
 
 def test_large_weights(tmp_path):

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from helpers import graph
-from helpers.explain import site_forms
+from helpers.explain import head_sizes, site_forms
 from helpers.explain.reasons import Reason
-
-_QUANTISED = re.compile(r"\b(\w*QuantizeLinear|QLinear\w+|\w+Integer\w*|MatMulNBits)\b")
+from helpers.graph import walks
 
 _BEFORE_QUANTISING = "fuse the float model, and quantise what that gives"
 
@@ -36,7 +35,15 @@ Told = tuple[str, str] | None  # a cause, and a message
 
 def refined(reason: Reason, asked: Asked) -> Reason:
     """`reason`, with the cause and the advice that the site gives; itself without such."""
-    for refine in (_in_a_branch, _quantised, _packed, _other_heads, _inserted, _unknown_form):
+    for refine in (
+        _in_a_branch,
+        _quantised,
+        _packed,
+        _other_heads,
+        _inserted,
+        _unknown_form,
+        _rotated,
+    ):
         cause, message = refine(reason, asked) or (None, None)
         if cause:
             return dataclasses.replace(reason, cause=cause, message=message)
@@ -47,21 +54,11 @@ def _in_a_branch(reason: Reason, asked: Asked) -> Told:
     inside = asked.site.node.graph
     if inside is asked.model.graph or reason.kind != "raised":
         return None
-    branch = next(
-        node
-        for node in graph.nodes(asked.model)
-        if any(inside in _graphs(attribute) for attribute in node.attributes.values())
-    )
+    branch = next(node for node in graph.nodes(asked.model) if inside in walks.inner_graphs(node))
     return "branch", (
         f"the site is in a branch of {branch.op_type} {graph.name(branch)}; export the parts as"
         f" files of their own, or use fuse, which reads branches (its code raised {reason.message})"
     )
-
-
-def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return [*attribute.as_graphs()] if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 def _quantised(reason: Reason, asked: Asked) -> Told:
@@ -72,10 +69,9 @@ def _quantised(reason: Reason, asked: Asked) -> Told:
     operators += reason.actual.operators if reason.actual else []
     if not operators and reason.check and reason.anchor:
         operators = [*reason.check.operands.values()]
-    named = _QUANTISED.search(" ".join(operators))
-    if named is None:
-        return None
-    return "quantised", f"{named[0]}: {_BEFORE_QUANTISING}"
+    words = re.findall(r"\w+", " ".join(operators))
+    named = next(filter(graph.is_quantised, words), None)
+    return ("quantised", f"{named}: {_BEFORE_QUANTISING}") if named else None
 
 
 def _packed(reason: Reason, asked: Asked) -> Told:
@@ -100,11 +96,11 @@ def _other_heads(reason: Reason, asked: Asked) -> Told:
     told = reason.check.source if reason.check else ""
     if "num_heads" not in told and "hidden_size" not in told:
         return None
-    heads = site_forms.heads(asked.site)
+    heads = head_sizes.heads(asked.site)
     if heads is None:
         return None if asked.heads else ("heads", "give --num-heads and --hidden-size")
     number, width = heads
-    options = f"--num-heads {number} --hidden-size {number * width}"
+    options = head_sizes.options(heads)
     has = f"the graph has {number} heads of width {width}"
     if not asked.heads:
         return "heads", f"{has}, and none were given: {options}"
@@ -135,8 +131,17 @@ def _inserted(reason: Reason, asked: Asked) -> Told:
     )
 
 
+def _rotated(reason: Reason, asked: Asked) -> Told:
+    """It broke in what rotates queries or keys by their positions."""
+    if reason.attempt is None or asked.site.scores is None:
+        return None
+    rotating = {graph.name(node) for node in site_forms.rotating(asked.site)}
+    there = (reason.attempt.at, *reason.attempt.found)
+    return (reason.cause, site_forms.ROTATED) if any(n.name in rotating for n in there) else None
+
+
 def _unknown_form(reason: Reason, asked: Asked) -> Told:
     if reason.cause != "unsupported_form":
         return None
-    forms = site_forms.told(asked.site)
+    forms = site_forms.told(asked.site, asked.model)
     return (reason.cause, "; ".join(forms)) if forms else None

@@ -60,7 +60,10 @@ def explain(
     with _draft(opened, write, compares) as draft, tempfile.TemporaryDirectory() as folder:
         outcome, read = _at_an_opset_that_fits(opened, given, draft, choice, Path(folder))
         answer = Explanation(outcome.optimizer, *judged(outcome), watched=outcome.watched)
-        answer.notes = [*repairs.notes(opened.model), *_converted_note(opened, read)]
+        answer.notes = [
+            *repairs.notes(repairs.inferred(opened.model)),
+            *_converted_note(opened, read),
+        ]
         model, sites, stopped = outcome.model, outcome.sites, outcome.stopped
         del outcome
         files.give_back(files.size(opened))

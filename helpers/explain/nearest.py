@@ -14,6 +14,8 @@ from helpers.graph import walks
 
 STEPS = 20_000  # of the search for a path, at the most
 ANYWHERE = Goal()
+_ANY_ORDER = {"Add", "And", "Max", "Min", "Mul", "Or", "SkipLayerNormalization"}
+_ANY_ORDER |= {"SkipSimplifiedLayerNormalization", "Sum"}
 
 
 class Nearest(NamedTuple):
@@ -127,11 +129,12 @@ def cause(attempt: Attempt, near: Nearest | None, producers: dict[str, onnx.Node
     if attempt.down:
         return "used_elsewhere" if len(attempt.found) > 1 else "extra_node"
     at = producers.get(attempt.at.output)
-    others = [producers[name] for name in (at.input if at is not None else ()) if name in producers]
     if near and near.aside:
         return "operand_order"
-    if index is not None and any(other.op_type == wanted for other in others):
-        return "operand_order"
+    if index is not None and at is not None and at.op_type in _ANY_ORDER:
+        others = (producers[name] for name in at.input if name in producers)
+        if any(other.op_type == wanted for other in others):
+            return "operand_order"
     if near is None or near.cost >= 3:
         return "unsupported_form"
     if len(near.steps) > len(attempt.expected):

@@ -20,7 +20,7 @@ from onnx.external_data_helper import (
 )
 
 from helpers import files, graph, packages
-from helpers.explain import chosen, places, site_forms
+from helpers.explain import chosen, head_sizes, places
 from helpers.explain import onnxruntime_parts as parts
 from helpers.explain.conclusions import conclude
 from helpers.explain.optimizer_watch import FusionWatch
@@ -86,14 +86,14 @@ def applied(
 
 def _tell_heads(sites: list[graph.Site], num_heads: int, hidden_size: int) -> None:
     """Log that no heads were given, or others than the graph has."""
-    heads = next(filter(None, map(site_forms.heads, sites)), None)
+    heads = next(filter(None, map(head_sizes.heads, sites)), None)
     number, width = heads or (0, 0)
-    options = f"--num-heads {number} --hidden-size {number * width}"
     if not num_heads:
-        has = f"; the graph has {options}" if heads else ""
+        has = f"; the graph has {head_sizes.options(heads)}" if heads else ""
         logger.info(f"no --num-heads was given, without which some fusions do nothing{has}")
     elif heads and (num_heads, hidden_size or number * width) != (number, number * width):
-        logger.info(f"--num-heads {num_heads} --hidden-size {hidden_size}: the graph has {options}")
+        has = head_sizes.options(heads)
+        logger.info(f"--num-heads {num_heads} --hidden-size {hidden_size}: the graph has {has}")
 
 
 def _optimised(

@@ -9,9 +9,14 @@ import onnx_ir as ir
 from helpers import graph
 from helpers.graph import walks
 from helpers.graph.attention_sites import PRODUCTS
-from helpers.graph.values import constant, dim, number, stated_rank
+from helpers.graph.caches import caches
+from helpers.graph.values import number
 
 FAR = 12  # nodes between a product and its projections, at the most
+ROTATED = (
+    "queries and keys are rotated by their positions (rotary embeddings): Attention of opset 23 and"
+    " MultiHeadAttention take them as they are after that"
+)
 
 
 def packed(site: graph.Site) -> ir.Node | None:
@@ -30,9 +35,10 @@ def below_packed(site: graph.Site, packed: ir.Node) -> set[str]:
     }
 
 
-def told(site: graph.Site) -> list[str]:
-    """Each form of `site` that few fusions know, and which operator can express it."""
-    return [] if site.scores is None else [*dict.fromkeys(_forms(site))]
+def told(site: graph.Site, model: ir.Model) -> list[str]:
+    """Each form of `site`, of the `model`, that few fusions know, and which operator can express
+    it."""
+    return [] if site.scores is None else [*dict.fromkeys(_forms(site, model))]
 
 
 def _operands(site: graph.Site) -> list[ir.Value]:
@@ -61,7 +67,7 @@ def _projection(value: ir.Value, site: graph.Site) -> ir.Node | None:
 # ── Forms ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _forms(site: graph.Site) -> Iterator[str]:
+def _forms(site: graph.Site, model: ir.Model) -> Iterator[str]:
     query, key, value = (list(_way(operand, site)) for operand in _operands(site))
     between = walks.between(site.scores, site.node) - {site.scores, site.node}
     kinds = {node.op_type for node in (*query, *key)}
@@ -72,8 +78,10 @@ def _forms(site: graph.Site) -> Iterator[str]:
             "queries and keys are divided by their norm (cosine attention): Attention of opset 23"
             " with a scale of 1 takes them as they are"
         )
+    if any(True for _ in rotating(site)):
+        yield ROTATED
     yield from _of_scores(between, site)
-    if any(_is_cache(node) for node in key):
+    if caches(model, [site]):
         yield (
             "keys of earlier steps are joined to its own (a cache): Attention of opset 23 and"
             " GroupQueryAttention have inputs for them"
@@ -83,6 +91,23 @@ def _forms(site: graph.Site) -> Iterator[str]:
             "the sequence is cut into windows around it: inside them the attention is an ordinary"
             " one, so start the path at the product with the values, and not at the residual"
         )
+
+
+def rotating(site: graph.Site) -> Iterator[ir.Node]:
+    """What rotates queries and keys: Add(Mul(x, cos), Mul(turned x, sin)), or RotaryEmbedding.
+
+    Of each Add its products too, and what turns x: Concat(Neg(second half), first half).
+    """
+    for operand in _operands(site)[:2]:
+        for node in _way(operand, site):
+            if node.op_type == "RotaryEmbedding":
+                yield node
+            if node.op_type != "Add" or [p.op_type for p in walks.producers(node)] != ["Mul"] * 2:
+                continue
+            plain, turned = ({*walks.upstream(product, far=4)} for product in walks.producers(node))
+            inside = {n for n in plain ^ turned if n.op_type in ("Concat", "Neg", "Slice", "Split")}
+            if plain & turned and any(n.op_type == "Neg" for n in inside):
+                yield from {node, *walks.producers(node), *inside}
 
 
 def _of_scores(between: set[ir.Node], site: graph.Site) -> Iterator[str]:
@@ -124,13 +149,6 @@ def _is_learned(value: ir.Value, far: int = 8) -> bool:
     return is_weight(value) or any(map(is_weight, (v for node in above for v in node.inputs)))
 
 
-def _is_cache(node: ir.Node) -> bool:
-    """Concat(past, own) of an input of the graph."""
-    return node.op_type == "Concat" and any(
-        value is not None and value.is_graph_input() for value in node.inputs
-    )
-
-
 def _partitions(site: graph.Site, way: list[ir.Node]) -> bool:
     """Whether windows are cut out, before the projections or after the result.
 
@@ -144,50 +162,3 @@ def _partitions(site: graph.Site, way: list[ir.Node]) -> bool:
     projections = [node for node in way if node.op_type in PRODUCTS]
     near = [*walks.upstream(*projections, far=FAR), *walks.downstream(site.context, far=FAR)]
     return any(map(is_partition, near))
-
-
-# ── Heads ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def heads(site: graph.Site) -> tuple[int, int] | None:
-    """How many heads the queries of an unfused `site` have, and the width of each; None where that
-    is not known.
-
-    From the Reshape that splits them off, to (…, N, D), before Transpose, Split or a scale; or from
-    the shape (B, N, S, D) of the queries.
-    """
-    if site.scores is None:
-        return None
-    for node in _way(site.scores.inputs[0], site):
-        sizes = _sizes(node.inputs[1]) if node.op_type == "Reshape" else []
-        if len(sizes) < 4 or (sizes[-1] or 0) <= 0:
-            continue
-        number, width = sizes[-2:]
-        whole = _width(node.inputs[0]) if number == -1 else None
-        number = whole // width if whole and whole % width == 0 else number
-        return (number, width) if number and number > 0 else None
-    query = site.scores.inputs[0]
-    split = (dim(query, -3), dim(query, -1)) if stated_rank(query) == 4 else (None, None)
-    return split if all(isinstance(size, int) for size in split) else None
-
-
-def _width(value: ir.Value) -> int | None:
-    """The size of the last axis, which a product's weight tells where no shape is stated."""
-    size, node = dim(value, -1), value.producer()
-    if isinstance(size, int) or node is None:
-        return size if isinstance(size, int) else None
-    if node.op_type in ("Add", "MatMul", "Gemm"):
-        weights = [dim(operand, -1) for operand in node.inputs if operand.is_initializer()]
-        return next((width for width in weights if isinstance(width, int)), None)
-    return None
-
-
-def _sizes(shape: ir.Value) -> list[int | None]:
-    """The sizes that a shape is put together of: a constant, or Concat of such and others."""
-    given = constant(shape)
-    if given is not None:
-        return [int(size) for size in given.ravel()]
-    node = shape.producer()
-    if node is None or node.op_type != "Concat":
-        return [None]
-    return [size for part in node.inputs for size in _sizes(part)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from helpers import graph
+from helpers.explain.statements import unused
 from helpers.explain.twins import OPERANDS, Axes, Twin, ordered
 from helpers.fuse import attention, forms
 from helpers.graph import walks
@@ -57,7 +58,7 @@ class Skeleton:
         self._name_operands()
         for node, i, value in self._inputs():
             if value not in self.names:
-                self.names[value] = self._free(self._name(node, i, value))
+                self.names[value] = unused(self._name(node, i, value), {*self.names.values()})
             if (node.op_type, i) in _SETTINGS:
                 self.settings.add(value)
         first = {name: i for i, name in enumerate(OPERANDS)}
@@ -134,12 +135,6 @@ class Skeleton:
             self.names.setdefault(value, name)
             if axes:
                 self.axes.setdefault(value, axes)
-
-    def _free(self, name: str) -> str:
-        taken, number_behind, given = {*self.names.values()}, 2, name
-        while given in taken:
-            given, number_behind = f"{name}_{number_behind}", number_behind + 1
-        return given
 
     def _name(self, node: ir.Node, i: int, value: ir.Value) -> str:
         """A name for what `node` reads as its input `i` from outside of the pattern."""

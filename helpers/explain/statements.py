@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Writer:
                 text += self._line(node, call, "return ")
                 return text
             taken = {names[value] for value in needed if value in names}
-            name = _free(self.label(node), taken)
+            name = unused(self.label(node), taken)
             names = {value: other for value, other in names.items() if other != name}
             names[node.outputs[0]] = name
             text += self._line(node, call, f"{name} = ")
@@ -166,7 +166,7 @@ def _is_shown(given: ir.Attr) -> bool:
     return plain and not noise
 
 
-def _free(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: Collection[str]) -> str:
     """`name`, or with a number behind it, so that it is not one of those `taken`."""
     number, given = 2, name
     while given in taken:

@@ -3,7 +3,6 @@
 Follows ONNX's Attention, opset 23, and ONNX Runtime's docs/ContribOperators.md.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
@@ -12,10 +11,9 @@ from helpers.graph import repairs, walks
 from helpers.graph.attention_sites import FUSED, SHAPES, Site, from_input, sites
 from helpers.graph.caches import PASTS, Cache, caches, heads_repeated, presents
 from helpers.graph.masks import masking_inputs
-from helpers.graph.reading import counts, name, nodes, operator
+from helpers.graph.reading import counts, is_quantised, name, nodes, operator
 from helpers.graph.values import constant, looked_up, rank, size, stated_rank
 
-_QUANTISED = re.compile(r"[Qq]uantize|QLinear|Integer$|NBits|(^|\.)Q[A-Z]")
 _UNCHANGED = ("Cast", "Identity")
 _PICKING = {"Compress", "Gather", "GatherElements", "GatherND", "Slice", "Split"}
 
@@ -47,7 +45,7 @@ def _types(model: ir.Model) -> Iterator[str]:
     )
     if any(value.dtype == ir.DataType.BFLOAT16 for value in values):
         yield "computes in bfloat16, for which ONNX Runtime has few kernels on the CPU"
-    quantised = {name: n for name, n in counts(model).items() if _QUANTISED.search(name)}
+    quantised = {name: n for name, n in counts(model).items() if is_quantised(name)}
     if quantised:
         yield "quantised: " + ", ".join(f"{n} {name}" for name, n in quantised.items())
 

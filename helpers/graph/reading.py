@@ -23,6 +23,7 @@ _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 STANDARD = ("", "ai.onnx")
 
 MICROSOFT = "com.microsoft"
+_QUANTISED = re.compile(r"(\w+\.)*(\w*[Qq]uantize[A-Z]\w*|Q[A-Z][a-z]\w*|\w+Integer\w*|\w+NBits)")
 
 
 def load(path: str | Path, *, weights: bool = True) -> ir.Model:
@@ -134,6 +135,11 @@ def find(model: ir.Model, wanted: str) -> ir.Node:
 def operator(node: ir.Node) -> str:
     """What a node does, with its domain where that is not ONNX's own: com.microsoft.Attention."""
     return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def is_quantised(operator: str) -> bool:
+    """Whether an operator, by its name, computes in integers, or turns floats into them or back."""
+    return _QUANTISED.fullmatch(operator) is not None
 
 
 def later_operators(model: ir.Model) -> list[str]:
