@@ -106,6 +106,9 @@ WAYS_TO_HEADS = {
         q2 = Slice (a1, from, to, last)"""),
     "heads that are left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, left_over)"),
     "a width that is left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, width_left)"),
+    "scaled by a Constant": """q0 = MatMul (x, wq) q1 = Reshape (q0, heads)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q1) c = Constant <value_float = 0.5> ()
+        q = Mul (c, qt)""",
     "heads in the batch": """q0 = MatMul (x, wq) qt = Transpose <perm = [1, 0, 2]> (q0)
         q2 = Reshape (qt, merged) q = Transpose <perm = [1, 0, 2]> (q2)""",
     "rotated": LAST.format("""q0 = MatMul (x, wq) q1 = Reshape (q0, heads)
