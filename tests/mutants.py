@@ -65,6 +65,7 @@ class Mutant:
     planted: frozenset[str]
     proto: onnx.ModelProto
     shared: bool = False  # the fault is in what both layers read
+    undoes: bool = False  # what is left is no attention: a Softmax over the queries
 
     def __str__(self) -> str:
         return f"{self.seed.name}: {self.what}"
@@ -252,7 +253,7 @@ def _changed(seed: Seed, node: onnx.NodeProto) -> Iterator[Mutant]:
     if node.op_type == "Softmax":
         proto, by_name = _copy(seed.proto)
         by_name[node.name].attribute[0].i = 2
-        yield Mutant(seed, f"axis 2 of {node.name}", names, proto)
+        yield Mutant(seed, f"axis 2 of {node.name}", names, proto, undoes=True)
     if node.op_type in ("Add", "Mul", "Div", "Where"):
         for index, name in enumerate(node.input):
             proto, by_name = _copy(seed.proto)
@@ -387,6 +388,8 @@ def miss(mutant: Mutant, came: str, answer: dict[str, Any]) -> str | None:
     if came == "raises":
         told = any(one["kind"] == "raised" for one in reasons)
         return None if told else "not told that it raised"
+    if came == "stops" and mutant.undoes and len(sites) == 1:
+        return None if sites[0]["fused"] else "the other layer is told not to be fused"
     if came == "stops":
         mine = sites[LAYER] if len(sites) > 1 else sites[0]
         if mine["fused"]:

@@ -160,6 +160,9 @@ TYPES = {  # valid, or nearly, and what is said of it
     "g (double[1,1,4] x, double[1,1,2] w) => (double[1,1,3] y) { y = Conv (x, w) }": (
         "Conv on float64, for which it has no kernel; convert the model to float32"
     ),
+    "g (int32[2,4] x, int32[4,3] w) => (int32[2,3] y) { y = Gemm (x, w) }": (
+        "Gemm on int32, for which it has no kernel; convert the model to float32"
+    ),
     "g (float16[2,4] x, float[4] w) => (float16[2,4] y) { [n] y = LayerNormalization (x, w) }": (
         "LayerNormalization (n) on float16 and float32 at once, where it takes one type;"
         " convert the model to float32, or put a Cast before it"
@@ -201,6 +204,20 @@ def test_an_operator_that_onnxruntime_takes_apart_has_the_type_of_the_model(tmp_
     g (bfloat16[1,2,3,4] x) => (bfloat16[1,2,3,4] y) { y = Attention (x, x, x) }"""
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(files.BadInput, match=r"found \w+ on bfloat16, for which"):
+        files.check(path)
+
+
+@pytest.mark.parametrize("operator", ["RandomUniformLike", "Bernoulli"])  # this has that in it
+def test_an_operator_that_has_no_kernel_at_this_opset(operator, tmp_path):
+    """The type is not the cause, which it would not help to change."""
+    path = tmp_path / "a.onnx"
+    for opset in (21, 22):
+        text = f"""<ir_version: 10, opset_import: ["" : {opset}]>
+        g (float[2,4] x) => (float[2,4] y) {{ [n] y = {operator} (x) }}"""
+        path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+        if opset == 21:
+            files.check(path)
+    with pytest.raises(files.BadInput, match="no kernel from opset 22 on; export it at a lower"):
         files.check(path)
 
 

@@ -106,6 +106,9 @@ WAYS_TO_HEADS = {
         q2 = Slice (a1, from, to, last)"""),
     "heads that are left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, left_over)"),
     "a width that is left over": LAST.format("q0 = MatMul (x, wq) q2 = Reshape (q0, width_left)"),
+    "scaled by a Constant": """q0 = MatMul (x, wq) q1 = Reshape (q0, heads)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q1) c = Constant <value_float = 0.5> ()
+        q = Mul (c, qt)""",
     "heads in the batch": """q0 = MatMul (x, wq) qt = Transpose <perm = [1, 0, 2]> (q0)
         q2 = Reshape (qt, merged) q = Transpose <perm = [1, 0, 2]> (q2)""",
     "rotated": LAST.format("""q0 = MatMul (x, wq) q1 = Reshape (q0, heads)
@@ -176,6 +179,40 @@ def test_a_branch_on_which_the_optimizer_fails(tmp_path):
     (told,) = valid(explain(path, **own, **options())).reasons
     assert (told.kind, told.cause) == ("raised", "branch")
     assert told.message.startswith("the site is in a branch of If n_if; ")
+
+
+# Two forms of what a sum adds: by the input that it has in the graph, with a Reshape more; and as
+# the graph has it, by the other input.
+ORDERS = """
+from fusion_base import Fusion
+
+
+class Orders(Fusion):
+    def __init__(self, model):
+        super().__init__(model, "Attention", "SkipLayerNormalization")
+
+    def fuse(self, node, input_name_to_nodes, output_name_to_node):
+        nodes = self.model.match_parent_path(
+            node, ["Add", "MatMul", "Reshape", "Transpose", "Reshape", "MatMul"],
+            [0, None, None, 0, 0, 0],
+        )
+        if nodes is None:
+            nodes = self.model.match_parent_path(
+                node, ["Add", "MatMul", "Reshape", "Transpose", "MatMul"], [1, None, 0, 0, 0]
+            )
+            if nodes is None:
+                return
+"""
+
+
+def test_operands_in_another_order_are_nearer_than_a_node_less(tmp_path):
+    (tmp_path / "own.py").write_text(ORDERS)
+    path = write(tmp_path / "a.onnx", ATTENTION.replace("Add (x, o1)", "Add (o1, x)"))
+    (told,) = valid(explain(path, fusion=f"{tmp_path}/own.py:Orders", **options())).reasons
+    assert (told.cause, told.attempt.expected[0]) == ("operand_order", "Add")
+    assert (told.attempt.matched, told.attempt.inputs) == ([], [1, None, 0, 0, 0])
+    assert told.actual.operators == ["Add", "MatMul", "Reshape", "Transpose", "MatMul"]
+    assert told.actual.inputs[0] == 0
 
 
 SCORES = "[n_scale] s1 = Mul (s0, half)"

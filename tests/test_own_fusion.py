@@ -26,6 +26,23 @@ class {name}(rewriter.pattern.RewriteRuleClassBase):
         return op.Attention(query, key, value, scale={scale})
 """
 
+# Softmax(Mul(Mul(q, 0.5)·kᵀ, 1))·v, of which the queries have to have four axes.
+SWAPPED = """
+
+class Swapped(rewriter.pattern.RewriteRuleClassBase):
+    def pattern(self, op, query, scale, turned, value, one):
+        scores = op.MatMul(op.Mul(query, scale), turned)
+        return op.MatMul(op.Softmax(op.Mul(scores, one), axis=-1), value)
+
+    def check(self, context, query, **_):
+        if query.shape is None or len(query.shape) != 4:
+            return rewriter.MatchResult().fail("query: expected 4 axes")
+        return True
+
+    def rewrite(self, op, query, scale, turned, value, one):
+        return op.Identity(value)
+"""
+
 
 @pytest.fixture
 def rule(tmp_path):
@@ -51,6 +68,34 @@ def test_rules_of_ones_own_are_compared(tmp_path, rule):
     ]
     lines = str(wrong).splitlines()
     assert lines[2:4] == ["1 site fused wrong: n_softmax", f"   {wrong.sites[0].wanted[0]}"]
+
+
+def test_what_the_later_opset_has_no_kernel_for(tmp_path, rule):
+    """ONNX Runtime runs RandomUniformLike of opset 17, and none of opset 22; no site is wrong."""
+    text = ATTENTION.replace("8] y)", "8] y, float[batch,length,8] z)").replace(
+        "[n_norm]", "[n_random] z = RandomUniformLike (r) [n_norm]"
+    )
+    path = write(tmp_path / "a.onnx", text)
+    found = valid(explain(path, rules=f"{rule}:Right"))
+    assert [(site.fused, site.wrong) for site in found.sites] == [(True, False)]
+    assert found.parity is None
+    assert found.not_compared.startswith(f"{path}: expected a model that ONNX Runtime ")
+    assert found.not_compared.endswith(
+        "found RandomUniformLike (n_random), for which it has no kernel from opset 22 on; export it"
+        " at a lower one"
+    )
+
+
+def test_a_constant_in_place_of_the_other_operand(tmp_path):
+    """A pattern takes either for its parameters: a check that refuses them tells what reads it."""
+    (tmp_path / "own.py").write_text(RULE.format(name="Own", scale=0.5) + SWAPPED)
+    text = ATTENTION.replace("[n_q_transpose] q =", "[n_q_transpose] q3 =").replace(
+        "[n_scores]", "[n_q_scale] q = Mul (half, q3) [n_scores]"
+    )
+    path = write(tmp_path / "a.onnx", text.replace("Mul (s0, half)", "Mul (s0, one)"),
+                 one=np.array(1, np.float32))  # fmt: skip
+    (told,) = valid(explain(path, rules=f"{tmp_path}/own.py:Swapped")).reasons
+    assert told.check.operands["query"].endswith("value 0.5, read by Mul n_q_scale")
 
 
 def test_stock_fusions_are_compared_if_asked(tmp_path):

@@ -317,7 +317,7 @@ def test_own_rule_whose_check_says_no(tmp_path):
     assert reason.check.source == "factor.size != 1"
     assert reason.check.operands["factor.size"] == "5"
     assert reason.check.operands["scale"] == "initializer half, shape [5]" + (
-        ", value [0.5, 0.5, 0.5, 0.5, 0.5]"
+        ", value [0.5, 0.5, 0.5, 0.5, 0.5], read by Mul n_scale"
     )
 
 

@@ -57,13 +57,13 @@ def _length(value: ir.Value | None, axis: int, far: int = _FAR) -> int | None:
     if value.shape is not None and size(value, axis) and not merged:
         return size(value, axis)
     node = value.producer()
-    if node is None:
+    if node is None or not node.inputs:  # a Constant, which a scale is
         return None
     kind, given = node.op_type, node.inputs[0]
     if kind == "Reshape" and not (axis == -3 and len(_sizes(node.inputs[1])) == 3):
         return _reshaped(node, axis, far - 1)
     if kind in PRODUCTS:
-        weights = [operand for operand in node.inputs if operand.is_initializer()]
+        weights = [one for one in node.inputs if one is not None and one.is_initializer()]
         sizes = [size(weight, -1) for weight in weights if axis == -1 and kind != "Einsum"]
         return next(filter(None, sizes), None)
     if kind in ("Concat", "Slice", "Split") and _own_axis(node, given) in (axis, None):

@@ -38,8 +38,9 @@ def nearest(
     Of all such paths the one that needs fewest changes of what was expected: an operator more costs
     1, one less costs 1, another input than expected a little (Dijkstra on the edit distance). It
     goes through the nodes that matched and the input at which the attempt broke, if it can; through
-    another input, if that leads to the end; and, where any input would do, past the nodes that
-    matched if it fits much better. Without a `goal`, by any input.
+    another input, if that leads to the end, which costs 1.1 more unless that is all that it needs,
+    as where a sum's operands are in another order; and, where any input would do, past the nodes
+    that matched if it fits much better. Without a `goal`, by any input.
     """
     if attempt.down:
         return None
@@ -49,7 +50,7 @@ def nearest(
             through = _nearest(attempt, producers, end, matched, along=True)
         if through is None:
             through = _nearest(attempt, producers, end, matched, along=False)
-            if goal is not None and through is not None:
+            if goal is not None and through is not None and through.cost >= 1:
                 through = through._replace(cost=through.cost + 1.1)
         if None in attempt.inputs[:matched]:
             other = _nearest(attempt, producers, end, 0, along=False)

@@ -16,6 +16,9 @@ import onnx_ir as ir
 from helpers import files, graph, parity
 from helpers.graph import external, walks
 
+Values = Callable[[parity.Outputs], parity.Outputs]  # of named tensors, on given inputs
+ValuesOf = Callable[[Iterable[str]], Values]
+
 
 @dataclass
 class Piece:
@@ -141,8 +144,11 @@ def _between(model: ir.Model, outputs: list[str], stop: set[str]) -> set[ir.Node
     return set(walks.walk((graph.find(model, name) for name in outputs), above))
 
 
-def around(path: Path, names: Iterable[str]) -> Callable[[parity.Outputs], parity.Outputs]:
-    """Runs the original for the values of the tensors `names`; its answers are kept."""
+def around(path: Path, names: Iterable[str], *, named: Path | None = None) -> Values:
+    """Runs the original at `path` for the values of the tensors `names`; its answers are kept.
+
+    Raises `BadInput` about the file `named`, where what that was brought to at `path` does not run.
+    """
     proto, folder = external.read(path)
     inputs = {value.name for value in proto.graph.input}
     asked = [name for name in dict.fromkeys(names) if name not in inputs]
@@ -150,7 +156,10 @@ def around(path: Path, names: Iterable[str]) -> Callable[[parity.Outputs], parit
         return dict
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
+    try:
+        session = files.session(proto.SerializeToString(), optimise=False, folder=folder)
+    except Exception as error:  # a later opset, of which ONNX Runtime has fewer kernels
+        raise files.refused(path, error, named=named) from None
     del proto
     answers: list[tuple[parity.Outputs, parity.Outputs]] = []  # for each feed that was run
 

@@ -7,6 +7,7 @@ The rules are those that ``optimize_for_ort`` applies for attention, or a reader
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import linecache
 from pathlib import Path
@@ -117,7 +118,7 @@ class _Reasons:
             uses = _uses(tried).items()
             test, operands = match.reason, {key: self._names.show(operand) for key, operand in uses}
         else:
-            gave = slicing.gave_up(call, self._names.write)
+            gave = slicing.gave_up(call, functools.partial(self._write, tried))
             reason.within, reason.line, reason.source = gave.within, gave.line, gave.source
             reason.file = calls.file_of(call.code)
             reason.cause = _cause_of_check(gave.values)
@@ -132,6 +133,17 @@ class _Reasons:
         }
         reason.check = Check(test, {**operands, **blamed_operands})
         return reason
+
+    def _write(self, tried: Try, value: Any) -> str | None:
+        """An operand of a check of the rule that was `tried`. Of a constant also which nodes of the
+        pattern read it: its own name says nothing of that, and it may be no number that is wanted
+        but the other operand, in its place."""
+        text = self._names.write(value)
+        if not isinstance(value, ir.Value) or ir.convenience.get_const_tensor(value) is None:
+            return text
+        readers = [self._names.node(node) for node in tried.nodes if value in node.inputs]
+        named = ", ".join(f"{reader.operator} {reader.name}" for reader in readers)
+        return f"{text}, read by {named}" if readers else text
 
     def _check(self, source: str, operands: dict[str, Any]) -> Check:
         return Check(source, {key: self._names.show(operand) for key, operand in operands.items()})

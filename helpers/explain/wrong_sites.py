@@ -9,6 +9,7 @@ not spoil the verdict on those after it, and must give what the original has bel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,12 @@ import onnxruntime as ort
 from helpers import files, graph, parity
 from helpers.explain import wrong_values
 from helpers.explain.got import rounding
-from helpers.explain.pieces import Piece, alone, around, longer, pieces
+from helpers.explain.pieces import Piece, Values, ValuesOf, alone, around, longer, pieces
 from helpers.explain.reasons import Explanation, Verdict
 from helpers.feeds import Feed
 from helpers.graph import walks
 
 Wrong = dict[int | str, list[str]]
-Values = Callable[[parity.Outputs], parity.Outputs]  # of named tensors, on given inputs
 _ELSEWHERE = (
     "by itself, on the original's values, it was not found to be wrong: the fault is elsewhere"
 )
@@ -72,11 +72,12 @@ def find(
     if model is None:
         model, sites = read.model.clone(), None  # whose shapes may be inferred
     sites = graph.sites(model) if sites is None else sites
-    return whole, _wrong(read.path, fused, proto, model, sites, cases, description, whole.feed)
+    values_of = partial(around, read.path, named=original.path)
+    return whole, _wrong(values_of, fused, proto, model, sites, cases, description, whole.feed)
 
 
 def _wrong(
-    path: Path,
+    values_of: ValuesOf,
     fused: Path,
     proto: onnx.ModelProto,
     model: ir.Model,
@@ -85,8 +86,8 @@ def _wrong(
     description: str,
     worst: Feed | None,
 ) -> Wrong:
-    """Which of `sites`, of the `model` in the file `path`, are wrong in `fused`, read as `proto`;
-    `worst` is the feed on which the whole differs most."""
+    """Which of `sites`, of the `model` that `values_of` runs, are wrong in `fused`, read as
+    `proto`; `worst` is the feed on which the whole differs most."""
     all_pieces = pieces(model, proto, sites)
     every = {site for piece in all_pieces for site in piece.sites}
     missing_nodes = _gone(model, proto)
@@ -96,12 +97,12 @@ def _wrong(
     further = [*longer(model, proto, all_pieces)]
     parts = all_pieces + further
     names = list(dict.fromkeys(name for one in parts for name in (*one.inputs, *one.outputs)))
-    values = around(path, names)
+    values = values_of(names)
     wrong = _wrong_pieces(values, proto, all_pieces, further, cases, description)
     if not wrong:
         line = _elsewhere(proto, fused, names, values, worst)
         return {site: [line] for site in every}
-    return wrong_values.told(path, proto, model, sites, wrong)
+    return wrong_values.told(values_of, proto, model, sites, wrong)
 
 
 def _wrong_pieces(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,7 +16,7 @@ import onnx_ir as ir
 from helpers import files, graph, parity
 from helpers.explain import following, site_numbers, wanted
 from helpers.explain.got import Got
-from helpers.explain.pieces import Piece, alone, around
+from helpers.explain.pieces import Piece, ValuesOf, alone
 from helpers.feeds import Feed
 from helpers.graph import operators, walks
 
@@ -36,7 +35,7 @@ class _Ran:
 
 
 def told(
-    path: Path,
+    values_of: ValuesOf,
     proto: onnx.ModelProto,
     model: ir.Model,
     sites: Sequence[graph.Site],
@@ -44,14 +43,15 @@ def told(
 ) -> dict[int | str, list[str]]:
     """What the operator of each `wrong` piece wants and what it got, in lines, by site.
 
-    `proto` is the optimised model, and `model` the original, in the file `path`, with its `sites`.
+    `proto` is the optimised model, and `model` the original, which `values_of` runs, with its
+    `sites`.
     """
     first_of_form: dict[tuple, int] = {}
     alike = [first_of_form.setdefault(_form(*one), i) for i, one in enumerate(wrong)]
     names = [
         name for i in {*alike} for name in _asked(model, _site(sites, wrong[i][0]), wrong[i][0])
     ]
-    original = around(path, names)
+    original = values_of(names)
     lines = {}
     for i in {*alike}:
         piece, own = wrong[i]

@@ -35,9 +35,8 @@ _LACKING = {
     r" match expected type \(tensor\((?P<two>\w+)\)\)": (
         "{tensor} declared {one}, and computed in {two}; put a Cast before it"
     ),
-    r"Could not find an implementation for (?P<kind>\w+)\(\d+\) node with name '(?P<at>.*?)'": (
-        "{kind}{at}{types}, for which it has no kernel; convert the model to float32"
-    ),
+    r"Could not find an implementation for (?P<kind>\w+)\((?P<since>\d+)\) node with name"
+    r" '(?P<at>.*?)'": "{kind}{at}{types}, for which it has no kernel{remedy}",
     r"(?P<domain>\S+):(?P<kind>\w+)\(-?\d*\) is not a registered function/op": (
         "the operator {domain}.{kind}, which is of a library that is not loaded; export it with the"
         " operators of the standard"
@@ -80,6 +79,7 @@ def lacking(path: Path, error: Exception) -> str:
             parts = match.groupdict()
             name = parts.get("at")
             types = _types(path, parts["kind"], name) if "{types}" in words else []
+            parts["remedy"] = _without_kernel(types, parts) if "{remedy}" in words else ""
             parts |= {
                 group: _NAMES.get(parts[group], parts[group])
                 for group in ("one", "two")
@@ -90,8 +90,22 @@ def lacking(path: Path, error: Exception) -> str:
     return ""
 
 
+def _without_kernel(types: list[str], parts: dict[str, str]) -> str:
+    """Since when an operator has no kernel, where it is none of its `types` that lack one, and
+    what helps: ONNX Runtime 1.32 has RandomUniformLike up to opset 21, and none of opset 22."""
+    if types:
+        return "; convert the model to float32"
+    since = int(parts["since"])
+    try:
+        onnx.defs.get_schema(parts["kind"], since - 1)
+    except onnx.defs.SchemaError:  # it has no earlier version
+        return "; replace it with other operators"
+    return f" from opset {since} on; export it at a lower one"
+
+
 def _types(path: Path, kind: str, name: str) -> list[str]:
-    """The types of the nodes of that operator and name, but for those that all kernels know.
+    """The types of the nodes of that operator and name, but for those that all kernels know, if
+    float32 is among them.
 
     Those of all nodes, where it is none of the graph's: ONNX Runtime takes operators apart.
     """
@@ -105,8 +119,10 @@ def _types(path: Path, kind: str, name: str) -> list[str]:
         value.dtype
         for node in named or graph.nodes(model)
         for value in (*node.inputs, *node.outputs)
-        if value is not None and value.dtype is not None and value.dtype not in _EVERYWHERE
+        if value is not None and value.dtype is not None
     }
+    if types - _EVERYWHERE or ir.DataType.FLOAT in types:
+        types -= _EVERYWHERE
     return sorted(_NAMES.get(dtype.name.lower(), dtype.name.lower()) for dtype in types)
 
 
