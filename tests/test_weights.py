@@ -107,6 +107,49 @@ def test_masks_of_nodes_of_their_own(tmp_path, wrong, fused):
     assert (done.held, done.sites, done.fused, len(done.left)) == (True, 1, fused, 1 - fused)
 
 
+MULTIPLIED = {  # scores times a mask: what masks them further on, and what is said of that
+    "by the same": ("same", ""),
+    "by another": ("other", "which may differ from key to key"),
+    "not at all": ("", "which may differ from key to key"),
+    "before": ("before", "which may differ from key to key"),
+}
+
+
+@pytest.mark.parametrize("masked", MULTIPLIED)
+def test_scores_that_are_multiplied_with_a_mask(tmp_path, masked):
+    """s·m - 1e4·(1 - m), as OpenAI's GPT has it: a rule's own check asks for that, too."""
+    how, left = MULTIPLIED[masked]
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.given("x", np.float32, "b", "n", 16)
+        q, k, v = (g.heads(x, name) for name in "qkv")
+        s = g.Mul(g.MatMul(q, g.Transpose(k, perm=[0, 1, 3, 2])), 0.3)
+        count = g.Unsqueeze(g.length(x, 1), [0])
+        ones = np.ones((1, 1, 40, 40), np.float32)
+
+        def cut(mask: np.ndarray) -> str:
+            return g.Slice(mask, [0, 0], g.Concat(count, count, axis=0), [2, 3])
+
+        causal, other = cut(np.tril(ones)), cut(np.tril(ones, 1))
+        penalty = g.Mul(g.Sub(1.0, other if how == "other" else causal), -1e4)
+        s = g.Add(s, penalty) if how == "before" else s
+        s = g.Mul(s, causal)
+        s = g.Add(s, penalty) if how in ("same", "other") else s
+        g.gives("y", g.merged(g.MatMul(g.Softmax(s, axis=-1), v)), "b", "n", 16)
+
+    path = save(tmp_path / "in.onnx", build)
+    done = fuse.fuse(path, tmp_path / "out.onnx")
+    assert (done.held, done.fused) == (True, 0 if left else 1)
+    assert all(left in line for line in done.left)
+    rule = tmp_path / "rule.py"
+    rule.write_text(explain.suggest(path).text)
+    if not left:
+        name = rule.read_text().rpartition("FILE.py:")[2].split()[0]
+        answer = explain.explain(path, rules=f"{rule}:{name}")
+        assert answer.sites[0].fused
+        assert answer.parity.held
+
+
 def test_a_float_that_is_only_not_0_is_no_mask(tmp_path):
     """Keys of importance 0 are masked, and the weights of the others multiplied by it."""
 

@@ -74,6 +74,7 @@ class _Reader:
         self.of_scores, self.of_weights = below(site.scores), below(site.node)
         self.reading = Reading(site, graph.from_input(model))
         self.tape = self.reading.tape
+        self.masked_later: set[masks.Fact] = set()  # what has to hold where scores are kept
 
     def read(self) -> Reading:
         """All that the site does; raises `Left` where no operator does that."""
@@ -88,6 +89,7 @@ class _Reader:
         self._read_operands(*site.scores.inputs)
         for node, position in before:
             self._read_score(node, position)
+        self._check_masked()
         if reading.in_tanh:
             raise Left("a tanh is over the scores, without a factor after it")
         axes = rank(softmax.inputs[0]) or 4
@@ -218,7 +220,7 @@ class _Reader:
         elif kind == "Sub" and position == 0:
             self._add("Sub", other, node)
         elif kind == "Mul" or (kind == "Div" and position == 0):
-            self._multiply(kind, other)
+            self._multiply(kind, other, node)
         elif kind == "Where" and position > 0:
             self._mask(node, inputs[3 - position], position == 1)
         elif kind == "Concat" and position == 0 and len(inputs) == 2:
@@ -240,7 +242,7 @@ class _Reader:
         if self.reading.bias is not None:
             self.reading.bias = self.tape.repeated(node, self.reading.bias)
 
-    def _multiply(self, kind: str, operand: ir.Value) -> None:
+    def _multiply(self, kind: str, operand: ir.Value, node: ir.Node) -> None:
         reading, factor = self.reading, number(operand)
         if reading.in_tanh and factor and kind == "Mul":  # c·tanh(x/c)
             reading.in_tanh, reading.softcap, reading.cap = False, factor, operand
@@ -250,6 +252,11 @@ class _Reader:
             raise Left("the scores are scaled after a tanh")
         if factor:
             self._scale(kind, operand)
+        elif kind == "Mul" and reading.bias is None and not self._is_by_rows(operand):
+            # s·mask - 1e4·(1 - mask), as OpenAI's GPT has it: what is 0 is masked further on
+            reading.masked_again.append((kind, operand))
+            self.masked_later |= masks.read(kind, operand, self._places(operand, node))
+            return
         else:
             reading.row_scales.append((kind, self._of_rows(operand, "scores")))
         times = 1 / factor if factor and kind == "Div" else factor or 0.0
@@ -258,6 +265,18 @@ class _Reader:
             reading.masked_by.clear()
         if reading.bias is not None:
             reading.bias = self.tape.op(kind, [reading.bias, self._upright(operand)])
+
+    def _check_masked(self) -> None:
+        """Raise `Left` where scores were multiplied with what is not 1 in all that are kept."""
+        if not masks.covers(self.reading.kept, self.masked_later):
+            _, factor = self.reading.masked_again[0]
+            raise Left(
+                f"the scores are multiplied with {factor.name}, which may differ from key to key"
+            )
+
+    def _is_by_rows(self, value: ir.Value) -> bool:
+        """Whether `value`, beside scores, is one number for all keys."""
+        return tail(value)[-2 if self.reading.flipped else -1] == 1
 
     def _of_rows(self, value: ir.Value, what: str) -> ir.Value:
         """`value`, which must be one number for all keys; in terms of (…, S, T).
