@@ -15,7 +15,7 @@ import onnx_ir as ir
 from helpers import graph
 from helpers.explain.statements import unused
 from helpers.explain.twins import OPERANDS, Axes, Twin, ordered
-from helpers.fuse import attention, forms
+from helpers.fuse import forms, scores
 from helpers.graph import walks
 from helpers.graph.values import dim, number, rank
 
@@ -91,7 +91,7 @@ class Skeleton:
     def _beside(self) -> set[ir.Node]:
         """Nodes that compute an operand from the scores or weights themselves: a maximum, IsNaN."""
         site = self.twin.site
-        computed = attention.below(site.scores)
+        computed = scores.below(site.scores)
         inputs = {value for node in self.spine[1:] for value in node.inputs if value is not None}
         own = {value for node in self.spine for value in node.outputs}
         beside = {near for value in inputs - own for near in forms.above(value, computed)}

@@ -8,6 +8,7 @@ not spoil the verdict on those after it, and must give what the original has bel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,8 @@ def _wrong_pieces(
     description: str,
 ) -> list[tuple[Piece, Feed]]:
     """Those of `pieces`, of the optimised model `proto`, that compute something else than the
-    `original` has there, and on what most. None where there are no numbers to compare.
+    `original` has there, and on what most: on a short feed, if it shows there. None where there
+    are no numbers to compare.
 
     `further` are such with what follows them, for those that are right by themselves.
     """
@@ -126,22 +128,32 @@ def _wrong_pieces(
 
     def wrong(pieces: list[Piece]) -> list[tuple[Piece, Feed]]:
         runs = [_runner(piece, proto, original, outputs) for piece in pieces]
-        if not runs:
-            return []
-        judged = parity.compare(reference, runs, cases, description).candidates
-        return [
-            (piece, candidate.feed or shortest)
-            for piece, candidate in zip(pieces, judged, strict=True)
-            if not candidate.held
-        ]
+        worst = _differing(reference, runs, cases, description)
+        with contextlib.suppress(files.BadInput):  # no numbers to compare on short feeds
+            numbers = [*worst]
+            on_short = _differing(reference, [runs[i] for i in numbers], short, description)
+            worst |= {numbers[i]: feed for i, feed in on_short.items()}
+        return [(pieces[i], feed or shortest) for i, feed in worst.items()]
 
     shortest = min(cases, key=lambda feed: sum(array.size for array in feed.arrays.values()))
+    short = [feed for feed in cases if wrong_values.is_short(feed)]
     try:
         found = wrong(pieces)
         told = {site for piece, _ in found for site in piece.sites}
         return found + wrong([piece for piece in further if told.isdisjoint(piece.sites)])
     except files.BadInput:  # no numbers to compare there
         return []
+
+
+def _differing(
+    reference: Values, runs: list[Values], cases: list[Feed], description: str
+) -> dict[int, Feed | None]:
+    """Which of `runs`, by number, do not hold against the `reference`, and on what they differ
+    most; None where they fail."""
+    if not runs or not cases:
+        return {}
+    judged = parity.compare(reference, runs, cases, description).candidates
+    return {i: candidate.feed for i, candidate in enumerate(judged) if not candidate.held}
 
 
 def _elsewhere(

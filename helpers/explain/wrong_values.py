@@ -67,9 +67,14 @@ def told(
     }
 
 
+def is_short(feed: Feed) -> bool:
+    """Whether it has so few queries that each site can be told by itself."""
+    return all(size <= _LONG for array in feed.arrays.values() for size in array.shape[1:])
+
+
 def _form(piece: Piece, feed: Feed) -> tuple:
     """What pieces share that are told alike: of a short feed, nothing."""
-    if all(size <= _LONG for array in feed.arrays.values() for size in array.shape[1:]):
+    if is_short(feed):
         return (id(piece),)
     operator = onnx.NodeProto()
     operator.CopyFrom(piece.operator)
