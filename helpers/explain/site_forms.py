@@ -78,7 +78,7 @@ def _forms(site: graph.Site, model: ir.Model) -> Iterator[str]:
             "queries and keys are divided by their norm (cosine attention): Attention of opset 23"
             " with a scale of 1 takes them as they are"
         )
-    if any(True for _ in rotating(site)):
+    if [*rotating(site)]:
         yield ROTATED
     yield from _of_scores(between, site)
     if caches(model, [site]):

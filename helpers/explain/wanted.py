@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from helpers import files
 from helpers.explain import operand_order
 from helpers.explain.got import Got, factor, rounding
 from helpers.explain.site_numbers import SiteNumbers
@@ -110,9 +111,8 @@ def _layout(layout: str, sizes: dict[str, int]) -> str:
 
 
 def short(message: str) -> str:
-    """What ONNX Runtime says, in a line, without where in its code."""
-    text = " ".join(message.split())
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    """What ONNX Runtime says, in a line, without what it failed in and the condition's code."""
+    text = files.told(message, 10_000)
     text = re.split(r"Status Message: |\[\w*InferenceError\] |Type Error: ", text)[-1]
     return text.split(" was false. ")[-1][:160].strip()
 

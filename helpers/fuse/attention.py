@@ -29,7 +29,7 @@ from helpers import graph
 from helpers.fuse import forms, masks, products
 from helpers.fuse.building import RESHAPES, Reading, build
 from helpers.fuse.scores import SAME, Left, ScoreReader, below, changes_type
-from helpers.graph.values import number, rank, tail
+from helpers.graph.values import number, rank
 
 
 def fuse(model: ir.Model, site: graph.Site) -> ir.Node:
@@ -125,7 +125,7 @@ class _Reader(ScoreReader):
             return
         if forms.tells_no_key(condition, not keeps, self.of_scores, keys):
             return
-        if tail(condition)[keys] != 1 or reading.reshapes or condition in self.of_scores:
+        if not self._is_by_rows(condition) or reading.reshapes or condition in self.of_scores:
             more = "masks more after the Softmax than is known to be masked before"
             raise Left(f"Where {graph.name(node)} {more}")
         reading.by_rows.append(condition)
