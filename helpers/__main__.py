@@ -221,9 +221,9 @@ def _fuse_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=Path, metavar="OUT.onnx")
     command.add_argument(
         "--target",
-        choices=("portable", "cpu"),
+        choices=("portable", "cpu", "openvino"),
         default="portable",
-        help="operators of the standard alone, or com.microsoft's too",
+        help="the standard's operators alone, com.microsoft's too, or what OpenVINO runs fastest",
     )
     command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
 

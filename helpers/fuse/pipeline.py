@@ -28,6 +28,7 @@ from helpers.fuse import (
     heads,
     multi_head,
     normalization,
+    openvino,
     quantized,
     residual,
 )
@@ -37,7 +38,7 @@ from helpers.quiet import quiet
 logger = logging.getLogger(__name__)
 
 OPSET = 23  # the first with Attention
-TARGETS = ("portable", "cpu")
+TARGETS = ("portable", "cpu", "openvino")
 
 
 @dataclasses.dataclass
@@ -45,7 +46,8 @@ class Fused:
     """What `fuse` did: sites and how many of them are fused, the operators that fuse them, and how
     the result compares. `left` and `repaired` have a line for each site, or node; `not_portable`,
     for the target of that name, one for each operator outside the standard that the input had and
-    the file still has. `at_fault` names the step from which on parity did not hold, or says that
+    the file still has, and `handed_back`, for `openvino`, one for each that its plugin hands back to
+    ONNX Runtime. `at_fault` names the step from which on parity did not hold, or says that
     the file does not load; there is no file then."""
 
     path: Path
@@ -55,6 +57,7 @@ class Fused:
     left: list[str]
     repaired: list[str]
     not_portable: list[str]
+    handed_back: list[str]
     parity: parity.Candidate
     inputs: str
     at_fault: str | None = None
@@ -74,6 +77,7 @@ class Fused:
             "repaired": self.repaired,
             "left": self.left,
             "not_portable": self.not_portable,
+            "handed_back": self.handed_back,
             "at_fault": self.at_fault,
         }
 
@@ -86,6 +90,7 @@ class Fused:
             *(f"left: {line}" for line in self.left),
             *(f"repaired: {line}" for line in self.repaired),
             *(f"not of the standard: {line}" for line in self.not_portable),
+            *(f"handed back to ONNX Runtime by OpenVINO's plugin: {x}" for x in self.handed_back),
             f"inputs {self.inputs}",
             self.parity.said(),
             str(self.parity),
@@ -106,7 +111,8 @@ def fuse(
     computes the same.
 
     `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
-    com.microsoft. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
+    com.microsoft, `openvino` those that OpenVINO and its plugin of ONNX Runtime run fastest, with
+    attention written out where that is no operator. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
     are inferred. Raises ValueError on another target, `files.BadInput` on a model that is none, or
     whose inputs cannot be inferred.
     """
@@ -155,6 +161,7 @@ def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused
         report.left,
         report.repaired,
         _not_portable(fused) if target == "portable" else [],
+        openvino.handed_back(fused) if target == "openvino" else [],
         parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
         "none",
     )
@@ -257,6 +264,9 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
         yield "MultiHeadAttention where there are many keys"
         residual.keep_apart(model)
         yield "residuals kept apart from normalisations"
+    if target == "openvino":
+        report.left += openvino.use(model)
+        yield "what OpenVINO takes"
 
 
 def convert(model: ir.Model) -> None:
