@@ -33,19 +33,28 @@ class Look(NamedTuple):
 LOOKS = {
     "pytorch": Look("#000000", "o"),
     "compiled": Look("#000000", "o", filled=False),
+    "pytorch-bf16": Look("#000000", "p", filled=False),
+    "compiled-bf16": Look("#000000", "*", filled=False),
     "unfused": Look("#E69F00", "s"),
     "stock": Look("#56B4E9", "^"),
+    "static-int8": Look("#56B4E9", "^", filled=False),
     "onnxscript": Look("#0072B2", "v"),
     "transformers": Look("#0072B2", "<"),
     "opset23": Look("#009E73", "D"),
     "openvino": Look("#CC79A7", "X"),
     "openvino-int8": Look("#CC79A7", "X", filled=False),
+    "openvino-default": Look("#CC79A7", "h", filled=False),
+    "openvino-static-int8": Look("#CC79A7", "v", filled=False),
+    "plugin": Look("#CC79A7", "d"),
+    "plugin-default": Look("#CC79A7", "s", filled=False),
     "ours": Look("#D55E00", "P"),
     "lifted": Look("#D55E00", "*"),
     "lifted-shared": Look("#D55E00", ">"),
     "part": Look("#999999", "."),  # computes something else, to see what the rest costs
     "ours-int8": Look("#D55E00", "P", filled=False),
     "ours-int8-tensor": Look("#D55E00", "d", filled=False),
+    "ours-openvino": Look("#D55E00", "D", filled=False),
+    "ours-plugin": Look("#D55E00", "<", filled=False),
 }
 
 
@@ -86,17 +95,43 @@ def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
     return Contender(label, kind, "helpers.workers.runtimes:onnxruntime", {"path": str(path)}, path)
 
 
-def openvino(label: str, path: str | Path, *, int8: bool = False) -> Contender:
-    """The model file at `path` on OpenVINO's CPU plugin, computing in fp32.
+def openvino(
+    label: str,
+    path: str | Path,
+    *,
+    precision: str | None = "f32",
+    int8: bool = False,
+    kind: str = "",
+) -> Contender:
+    """The model file at `path` on OpenVINO's CPU plugin, computing in `precision`.
 
-    With `int8`, NNCF makes the weights 8-bit (symmetric, per channel) when it is loaded, and the
-    plugin quantises the inputs of products as it runs. Both packages are optional; where they are
-    not installed, the row says so.
+    That is in OpenVINO's words ("f32", "bf16"); None is OpenVINO as it comes, which takes bf16
+    where the CPU has it. With `int8`, NNCF makes the weights 8-bit (symmetric, per channel) when it
+    is loaded, and the plugin may quantise the inputs of products as it runs; the table says what
+    was computed in. Both packages are optional; where they are not installed, the row says so.
     """
     path = Path(path).absolute()
-    kind = "openvino-int8" if int8 else "openvino"
-    arguments = {"path": str(path), "int8": int8}
+    kind = kind or ("openvino-int8" if int8 else _by_precision("openvino", precision))
+    arguments = {"path": str(path), "int8": int8, "precision": precision}
     return Contender(label, kind, "helpers.workers.runtimes:openvino", arguments, path)
+
+
+def openvino_plugin(
+    label: str, path: str | Path, *, precision: str | None = "f32", kind: str = ""
+) -> Contender:
+    """The model file at `path` on ONNX Runtime with OpenVINO's plugin, `precision` as `openvino`'s.
+
+    What the plugin does not take, the CPU provider computes: the column "handed back" of the table
+    has it. The package onnxruntime-ep-openvino is optional; where it is missing, the row says so.
+    """
+    path = Path(path).absolute()
+    arguments = {"path": str(path), "precision": precision}
+    factory = "helpers.workers.runtimes:openvino_plugin"
+    return Contender(label, kind or _by_precision("plugin", precision), factory, arguments, path)
+
+
+def _by_precision(kind: str, precision: str | None) -> str:
+    return kind if precision == "f32" else f"{kind}-default"
 
 
 def stock(

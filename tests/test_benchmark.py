@@ -408,8 +408,8 @@ def test_bad_arguments(labels, options):
 def test_table():
     table = result({"eager": [0.2, 0.4], "ours": [0.1, 0.16]}).table()
     assert list(table) == [
-        *("speed-up", "low", "high", "milliseconds", "MB on disk", "MB at most", "difference"),
-        *("nodes", "nodes run"),
+        *("speed-up", "low", "high", "milliseconds", "MB on disk", "MB at most"),
+        *("precision", "difference", "nodes", "nodes run"),
     ]
     assert list(table.loc["ours"].iloc[:4]) == [2.25, 2, 2.5, 130]
     assert table.loc["eager", "MB at most"] == 3
