@@ -7,17 +7,22 @@ made from. What cannot be made is a contender with a reason, a row of the table 
 import dataclasses
 import logging
 import re
+import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from helpers import files, graph
 from helpers.quiet import quiet
+from helpers.workers import runtimes
 
 logger = logging.getLogger(__name__)
+
+Feeds = Sequence[Mapping[str, np.ndarray]]
 
 
 class Look(NamedTuple):
@@ -83,9 +88,11 @@ class Contender:
 def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
     """PyTorch, as `factory` makes it: ``pytorch("eager", "helpers.models:pytorch", name=…)``.
 
-    With ``compiled=True`` among the arguments, that factory applies ``torch.compile``.
+    With ``compiled=True`` among the arguments, that factory applies ``torch.compile``, and with
+    ``bf16=True`` it computes products in bf16, by ``torch.autocast``.
     """
     kind = "compiled" if arguments.get("compiled") else "pytorch"
+    kind += "-bf16" if arguments.get("bf16") else ""
     return Contender(label, kind, factory, arguments)
 
 
@@ -238,12 +245,81 @@ def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender
     return _made(label, "ours-int8" if per_channel else "ours-int8-tensor", path, make)
 
 
-def _made(
-    label: str, kind: str, source: str | Path, make: Callable[[Path], None], setting: str = ""
+def static_int8(label: str, path: str | Path, feeds: Feeds, **options: Any) -> Contender:
+    """The graph at `path` in 8 bits, calibrated on `feeds`, on ONNX Runtime.
+
+    ONNX Runtime's static quantisation after its own preparation, in the form of QuantizeLinear and
+    DequantizeLinear. `feeds` are inputs by name, one run each; `options` those of its
+    ``quantize_static``, whose defaults hold.
+    """
+
+    def make(target: Path) -> None:
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(quantization.CalibrationDataReader):
+            def __init__(self) -> None:
+                self.left = iter(known)
+
+            def get_next(self) -> dict[str, np.ndarray] | None:
+                return next(self.left, None)
+
+        known = _known(path, feeds)
+        with tempfile.TemporaryDirectory() as folder, files.writing(target) as draft:
+            prepared = str(Path(folder) / "prepared.onnx")
+            # Its symbolic shape inference raises on most graphs with dynamic axes.
+            quant_pre_process(str(path), prepared, skip_symbolic_shape=True)
+            quantization.quantize_static(prepared, str(draft), Reader(), **options)
+
+    return _made(label, "static-int8", path, make, "".join(f"_{name}" for name in options))
+
+
+def openvino_static_int8(
+    label: str, path: str | Path, feeds: Feeds, *, precision: str | None = "f32", **options: Any
 ) -> Contender:
-    """The file that `make` writes, as a contender; or the reason why there is none."""
+    """The graph at `path` in 8 bits, calibrated on `feeds`, on OpenVINO's CPU plugin.
+
+    What NNCF's ``quantize`` makes of it as of a Transformer, in OpenVINO's own format; `options`
+    are that function's. `precision` is for what is not in 8 bits, as `openvino`'s.
+    """
+
+    def make(target: Path) -> None:
+        nncf = runtimes.nncf()
+        import openvino
+
+        known = _known(path, feeds)
+        asked = {"model_type": nncf.ModelType.TRANSFORMER} | options
+        model = nncf.quantize(openvino.Core().read_model(path), nncf.Dataset(known), **asked)
+        with files.replacing(target) as draft:
+            openvino.save_model(model, draft, compress_to_fp16=False)
+            draft.with_suffix(".bin").replace(target.with_suffix(".bin"))
+
+    setting = "".join(f"_{name}" for name in options)
+    return _made(label, "openvino-static-int8", path, make, setting, precision=precision)
+
+
+def _known(path: str | Path, feeds: Feeds) -> list[dict[str, np.ndarray]]:
+    """The inputs that the graph at `path` knows, of each of the `feeds`."""
+    names = [value.name for value in graph.load(path, weights=False).graph.inputs]
+    return [{name: feed[name] for name in names if name in feed} for feed in feeds]
+
+
+def _made(
+    label: str,
+    kind: str,
+    source: str | Path,
+    make: Callable[[Path], None],
+    setting: str = "",
+    **openvino_options: Any,
+) -> Contender:
+    """The file that `make` writes, as a contender; or the reason why there is none.
+
+    With `openvino_options`, the file is in OpenVINO's format, and runs there.
+    """
     source = Path(source).absolute()
     target = source.with_stem(f"{source.stem}_{kind}{setting}")
+    if openvino_options:
+        target = target.with_suffix(".xml")
     logger.info(f"making {target.name} …")
     try:
         with quiet():
@@ -253,4 +329,6 @@ def _made(
         message = re.sub(folder, "", files.told(error, 10_000))
         message = textwrap.shorten(f"{type(error).__name__}: {message}", 240, placeholder=" …")
         return Contender(label, kind, reason=message)
+    if openvino_options:
+        return openvino(label, target, kind=kind, **openvino_options)
     return onnx(label, target, kind)

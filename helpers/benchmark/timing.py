@@ -24,6 +24,7 @@ from helpers.workers.worker import Failed, Worker
 
 logger = logging.getLogger(__name__)
 
+OPENVINO = ".xml"  # how the name of a file in its own format ends, beside which is one of weights
 TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
 
 Cases = Mapping[str, Mapping[str, np.ndarray]]  # by a case's name, the model's inputs by theirs
@@ -291,9 +292,12 @@ class _Table:
             for contender in contenders
             if contender.path and contender.label in finished
         }
-        models = {label: graph.load(path, weights=False) for label, path in paths.items()}
-        counts = {label: graph.counts(model, domains=False) for label, model in models.items()}
-        megabytes = {label: files.size(path) / 1e6 for label, path in paths.items()}
+        counts = {
+            label: graph.counts(graph.load(path, weights=False), domains=False)
+            for label, path in paths.items()
+            if path.suffix != OPENVINO
+        }
+        megabytes = {label: _size(path) / 1e6 for label, path in paths.items()}
         return {
             case: Result(
                 tuple(contenders),
@@ -309,6 +313,13 @@ class _Table:
 
     def ordered(self, reasons: Mapping[str, str]) -> dict[str, str]:
         return {label: reasons[label] for label in self.labels if label in reasons}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model on disk."""
+    if path.suffix == OPENVINO:
+        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    return files.size(path)
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> str:

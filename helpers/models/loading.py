@@ -251,22 +251,32 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def runner(model: torch.nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """`model` in PyTorch eager, as a function from input arrays to output arrays, by name."""
+def runner(
+    model: torch.nn.Module, *, bf16: bool = False
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """`model` in PyTorch, as a function from input arrays to output arrays, by name.
 
+    With `bf16`, products are computed in it by ``torch.autocast``; outputs in it become float32.
+    """
     import torch
 
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
     def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             outputs = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        return {name: value.numpy() for name, value in outputs.items() if torch.is_tensor(value)}
+        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+        return {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            for name, value in tensors.items()
+        }
 
     run.__qualname__ = f"{type(model).__name__} in PyTorch"
     return run
 
 
 def pytorch(
-    name: str, *, compiled: bool = False, **options: Any
+    name: str, *, compiled: bool = False, bf16: bool = False, **options: Any
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """`runner` of the model that `load` gives, in a benchmark's own process.
 
@@ -275,7 +285,9 @@ def pytorch(
     import torch
 
     model = load(name, **options).model
-    return runner(torch.compile(model) if compiled else model)
+    run = runner(torch.compile(model) if compiled else model, bf16=bf16)
+    run.precision = "bf16" if bf16 else "fp32"  # what is asked of PyTorch is what it does
+    return run
 
 
 def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:

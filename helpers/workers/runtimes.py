@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -127,6 +128,15 @@ def _openvino_settings(precision: str | None) -> dict[str, str | int]:
     return settings | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
 
 
+def nncf() -> ModuleType:
+    """The package, without its telemetry and what it logs."""
+    os.environ["NNCF_CI"] = "1"
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
 def openvino(path: str, int8: bool = False, precision: str | None = None) -> Model:
     """The file at `path` on OpenVINO's CPU plugin; with `int8`, NNCF's 8-bit weights.
 
@@ -138,11 +148,8 @@ def openvino(path: str, int8: bool = False, precision: str | None = None) -> Mod
     core = openvino.Core()
     read = core.read_model(path)
     if int8:
-        os.environ["NNCF_CI"] = "1"  # turns off its telemetry
-        import nncf
-
-        logging.getLogger("nncf").setLevel(logging.ERROR)
-        read = nncf.compress_weights(read, mode=nncf.CompressWeightsMode.INT8_SYM)
+        tool = nncf()
+        read = tool.compress_weights(read, mode=tool.CompressWeightsMode.INT8_SYM)
     compiled = core.compile_model(read, "CPU", _openvino_settings(precision))
     request = compiled.create_infer_request()
     names = [value.get_names() for value in compiled.inputs]  # after an Identity it has two
