@@ -416,6 +416,21 @@ def test_table():
     assert np.isnan(table.loc["ours", "MB on disk"])
 
 
+def test_what_runtimes_tell_is_in_the_table():
+    answer = result({"eager": [0.2], "plugin": [0.1], "all": [0.1]})
+    told = {
+        "plugin": {"precision": "bf16 and fp32", "handed_back": {"Attention": 6, "Shape": 2}},
+        "all": {"precision": "bf16", "handed_back": {}},
+    }
+    both = {
+        label: dataclasses.replace(one, **told.get(label, {}))
+        for label, one in answer.measured.items()
+    }
+    table = dataclasses.replace(answer, measured=both).table()
+    assert list(table.precision) == ["", "bf16 and fp32", "bf16"]
+    assert list(table["handed back"]) == ["", "6 Attention, 2 Shape", "nothing"]
+
+
 def test_against_another_reference():
     answer = result({"eager": [0.2, 0.4], "ours": [0.1, 0.2]}).against("ours")
     assert list(answer.table()["speed-up"]) == [0.5, 1]

@@ -60,7 +60,9 @@ def openvino_plugin(path: str, precision: str | None = None) -> Model:
     taken, handed_back = recorded.taken, recorded.handed_back
     if not taken:
         counts = ", ".join(f"{n} {operator}" for operator, n in _operators(handed_back).items())
-        raise RuntimeError(f"expected nodes that OpenVINO's plugin takes, found none: {counts}")
+        raise RuntimeError(
+            f"expected nodes that OpenVINO's plugin takes, found all handed back: {counts}"
+        )
     floats = computed.plugin_floats(settings)
 
     def model(arrays: Arrays) -> Arrays:
