@@ -26,7 +26,8 @@ Feeds = Sequence[Mapping[str, np.ndarray]]
 
 
 class Look(NamedTuple):
-    """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones more."""
+    """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones what may
+    be less precise, or is compiled."""
 
     colour: str
     marker: str
@@ -89,7 +90,7 @@ def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
     """PyTorch, as `factory` makes it: ``pytorch("eager", "helpers.models:pytorch", name=…)``.
 
     With ``compiled=True`` among the arguments, that factory applies ``torch.compile``, and with
-    ``bf16=True`` it computes products in bf16, by ``torch.autocast``.
+    ``bf16="autocast"`` or ``"weights"`` it computes in bf16.
     """
     kind = "compiled" if arguments.get("compiled") else "pytorch"
     kind += "-bf16" if arguments.get("bf16") else ""

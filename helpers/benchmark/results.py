@@ -280,7 +280,9 @@ def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> 
         median, low, high = np.array(speedups).T
         look = LOOKS[contender.kind]
         axes.fill_between(places, low, high, alpha=0.12, color=look.colour)
-        axes.plot(places, median, f"{look.marker}-", color=look.colour, label=contender.label)
+        inside = look.colour if look.filled else "white"
+        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": inside}
+        axes.plot(places, median, label=contender.label, **style)
     axes.axhline(1, color="grey", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, places)

@@ -252,19 +252,27 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def runner(
-    model: torch.nn.Module, *, bf16: bool = False
+    model: torch.nn.Module, *, autocast: bool = False
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """`model` in PyTorch, as a function from input arrays to output arrays, by name.
 
-    With `bf16`, products are computed in it by ``torch.autocast``; outputs in it become float32.
+    With `autocast`, products are computed in bfloat16, by ``torch.autocast``. A model in bfloat16
+    takes its inputs in it too; outputs in it become float32.
     """
     import torch
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    in_bf16 = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    casting = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
 
     def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode(), autocast:
-            outputs = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if in_bf16:
+            inputs = {
+                name: value.bfloat16() if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+        with torch.inference_mode(), casting:
+            outputs = model(**inputs)
         tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
         return {
             name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
@@ -276,16 +284,22 @@ def runner(
 
 
 def pytorch(
-    name: str, *, compiled: bool = False, bf16: bool = False, **options: Any
+    name: str, *, compiled: bool = False, bf16: str = "", **options: Any
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """`runner` of the model that `load` gives, in a benchmark's own process.
 
     With `compiled`, by ``torch.compile``, which needs a C++ compiler and compiles as it first runs.
+    `bf16` is "autocast", which keeps what loses most in float32 and casts weights in each run, or
+    "weights", where the whole model is bfloat16. Raises ValueError on another.
     """
     import torch
 
+    if bf16 not in ("", "autocast", "weights"):
+        raise ValueError(f'bf16: expected "autocast" or "weights", found {bf16}')
     model = load(name, **options).model
-    run = runner(torch.compile(model) if compiled else model, bf16=bf16)
+    if bf16 == "weights":
+        model = model.to(torch.bfloat16)
+    run = runner(torch.compile(model) if compiled else model, autocast=bf16 == "autocast")
     run.precision = "bf16" if bf16 else "fp32"  # what is asked of PyTorch is what it does
     return run
 
