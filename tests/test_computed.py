@@ -2,10 +2,17 @@
 
 import types
 
+import numpy as np
 import pytest
 from graphs import write
 
-from helpers.workers import computed
+from helpers.workers import computed, processor
+
+
+@pytest.fixture(autouse=True)
+def instruction_sets(monkeypatch):
+    """This machine's do not matter."""
+    monkeypatch.setattr(processor, "instruction_sets", lambda: ("AVX2", "VNNI"))
 
 
 def event(operator: str, *inputs: str, name: str = "n", index: int = 0) -> dict:
@@ -93,6 +100,42 @@ def test_of_a_file_on_the_plugin(tmp_path):
     assert computed.of_plugin(path, [("MatMul", "eight")], "fp32") == {"int8": 1, "fp32": 1}
 
 
+INTEGERS = """
+<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+tiny (uint8[2,8] x) => (int32[2,8] a, float[2,8] b)
+{
+  a = MatMulInteger (x, w, zero)
+  b = com.microsoft.MatMulIntegerToFloat (x, w, scale, scales, zero)
+}
+"""
+
+
+def test_of_integers_on_the_plugin_as_plain_openvino_tells_of_them(tmp_path, monkeypatch):
+    arrays = {"w": np.arange(-32, 32, dtype=np.int8).reshape(8, 8), "zero": np.uint8(128)}
+    arrays |= {"scale": np.float32(0.02), "scales": np.full(8, 0.01, np.float32)}
+    path = write(tmp_path / "a.onnx", INTEGERS, **arrays)
+    assert computed.of_plugin(str(path), [], "fp32") == {"fp32": 1, "int8": 1}
+    assert computed.of_plugin(str(path), [], "bf16") == {"fp32": 1, "bf16": 1}
+    openvino = pytest.importorskip("openvino", reason="optional, a contender")
+    monkeypatch.undo()
+    core = openvino.Core()
+    model = core.read_model(path)
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("2026-11-30: this CPU has no bf16, and may not quantise as it runs")
+    for asked, floats in (("f32", "fp32"), ("bf16", "bf16")):
+        made = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": asked})
+        assert computed.of_openvino(model, made) == computed.of_plugin(str(path), [], floats)
+
+
+def test_without_vnni_nothing_is_quantised_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "instruction_sets", lambda: ("AVX2",))
+    path = str(write(tmp_path / "a.onnx", NBITS))
+    assert computed.of_plugin(path, [], "fp32") == {"fp32": 2}
+    weights = ("FullyConnected", "u4", "brgemm_avx2_f32", "n")
+    model = types.SimpleNamespace(get_ops=list)
+    assert computed.of_openvino(model, compiled(weights)) == {"fp32": 1}
+
+
 class Told(str):
     """As OpenVINO gives what it tells of a node."""
 
@@ -126,3 +169,5 @@ def test_of_what_openvino_runs():
     weights = ("FullyConnected", "u4", "brgemm_avx512_f32", "n")
     assert computed.of_openvino(model, compiled(weights)) == {"int8": 1}
     assert computed.of_openvino(model, compiled(weights, group=0)) == {"fp32": 1}
+    bf16 = ("FullyConnected", "u4", "brgemm_avx512_amx_bf16", "n")
+    assert computed.of_openvino(model, compiled(bf16)) == {"bf16": 1}

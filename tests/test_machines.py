@@ -26,6 +26,7 @@ from helpers import files, packages
 from helpers.__main__ import main
 from helpers.benchmark import machine
 from helpers.explain import chosen
+from helpers.workers import processor
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -193,9 +194,9 @@ def test_the_caption_names_the_instruction_sets(platform, told, expected, monkey
         assert command[0] == {"linux": "lscpu", "darwin": "sysctl"}[platform]
         return types.SimpleNamespace(stdout=told)
 
-    monkeypatch.setattr(machine.sys, "platform", platform)
-    monkeypatch.setattr(machine.subprocess, "run", run)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "x86_64")
+    monkeypatch.setattr(processor.sys, "platform", platform)
+    monkeypatch.setattr(processor.subprocess, "run", run)
+    monkeypatch.setattr(processor.platform, "processor", lambda: "x86_64")
     assert expected in machine.conditions(2)
 
 

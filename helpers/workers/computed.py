@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from helpers import files, graph
+from helpers.workers import processor
 
 if TYPE_CHECKING:
     import openvino
@@ -26,14 +27,14 @@ _CALLED = {
     **{"float16": "fp16", "f16": "fp16"},
     **{"bfloat16": "bf16", "bf16": "bf16"},
     **{"double": "fp64", "f64": "fp64", "float64": "fp64"},
-    **{"i8": "int8", "u8": "int8"},
 }
+_BY_INTEGER_WEIGHTS = ("MatMulNBits", "MatMulIntegerToFloat")
 _OPENVINO_PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledAttn"}
 
 
 def called(name: str) -> str:
     """What a table calls a type that a runtime calls `name`."""
-    return _CALLED.get(name, name)
+    return _CALLED.get(name, "int8" if name[0] in "iu" else name)
 
 
 def in_words(counts: Mapping[str, int]) -> str:
@@ -81,7 +82,8 @@ def of_openvino(model: "openvino.Model", compiled: "openvino.CompiledModel") -> 
     is whole attention where the name of a product is among those of its parts.
     """
     names = {op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "MatMul"}
-    quantises = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
+    group = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE"))
+    quantises = group > 0 and _may_quantise()
     counts: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         told = {key: value.astype(str) for key, value in node.get_rt_info().items()}
@@ -89,12 +91,12 @@ def of_openvino(model: "openvino.Model", compiled: "openvino.CompiledModel") -> 
         attention = told["layerType"] == "Subgraph" and not names.isdisjoint(parts)
         if told["layerType"] not in _OPENVINO_PRODUCTS and not attention:
             continue
-        precision = told["runtimePrecision"]
-        # Weights alone are in integers, and the kernel is one for floats: where the plugin does not
-        # quantise the other operand as it runs, it computes in floats.
-        if precision[0] in "iu" and told["primitiveType"].endswith("_f32") and not quantises:
-            precision = "f32"
-        counts["int8" if precision[0] in "iu" else called(precision)] += 1
+        precision, kernel = told["runtimePrecision"], told["primitiveType"].rpartition("_")[2]
+        # Where weights alone are in integers, the kernel is one for floats: it is only in fp32 that
+        # the other operand may be quantised as it runs.
+        if precision[0] in "iu" and kernel in _CALLED and not (kernel == "f32" and quantises):
+            precision = kernel
+        counts[called(precision)] += 1
     return counts
 
 
@@ -103,9 +105,11 @@ def of_plugin(path: str, handed_back: Collection[tuple[str, str]], floats: str) 
 
     It tells nothing of what it runs, so this is read off the file: what is in 8 bits there is
     computed in them, the rest in `floats`. `handed_back` are operators with the names of nodes.
-    Products by integer weights alone are computed in bf16 where that is it, and else in 8 bits,
-    since the other operand is then quantised as it runs.
+    Products by integer weights alone are computed in bf16 where that is it, and else in 8 bits if
+    the other operand may be quantised as it runs; those of integers without a scale in fp32. (As
+    the runtime model of OpenVINO 2026.4 has it of each of these operators alone.)
     """
+    by_weights = "int8" if floats == "fp32" and _may_quantise() else floats
     counts: Counter[str] = Counter()
     for node in graph.nodes(graph.load(path, weights=False)):
         operator = node.op_type
@@ -113,13 +117,20 @@ def of_plugin(path: str, handed_back: Collection[tuple[str, str]], floats: str) 
             continue
         makers = [value and value.producer() for value in node.inputs[:2]]
         integer = [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers]
-        by_weights = operator == "MatMulNBits" or integer == [False, True]
-        eight = graph.is_quantised(operator) and operator != "MatMulNBits"
-        if eight or integer == [True, True] or (by_weights and floats == "fp32"):
-            counts["int8"] += 1
+        if operator in ("MatMulInteger", "ConvInteger"):
+            counts["fp32"] += 1
+        elif operator in _BY_INTEGER_WEIGHTS or integer == [False, True]:
+            counts[by_weights] += 1
         else:
-            counts[floats] += 1
+            counts["int8" if all(integer) else floats] += 1
     return counts
+
+
+def _may_quantise() -> bool:
+    """Whether OpenVINO may quantise what is multiplied by integer weights in fp32, as it does by
+    default where the CPU has VNNI (its dnnl_fullyconnected_primitive.cpp)."""
+    found = processor.instruction_sets()
+    return found is None or "VNNI" in found
 
 
 def plugin_floats(openvino: Mapping[str, str | int]) -> str:
