@@ -51,9 +51,7 @@ def session(
     # With its "fallback" it prints errors that it does not know, and tries the same once more.
     choice = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
     if openvino is not None:
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        properties = {"load_config": json.dumps({"CPU": dict(openvino)})}
-        options.add_provider_for_devices([_openvino_device()], properties)
+        _put_on_openvino(options, openvino)
         del choice["providers"]  # they are in the options
     if isinstance(model, bytes):
         return ort.InferenceSession(model, options, **choice)
@@ -65,6 +63,12 @@ def session(
     proto, folder = external.read(model)
     options.add_session_config_entry(FOLDER, str(folder))
     return ort.InferenceSession(proto.SerializeToString(), options, **choice)
+
+
+def _put_on_openvino(options: ort.SessionOptions, properties: Mapping[str, str | int]) -> None:
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    config = {"load_config": json.dumps({"CPU": dict(properties)})}
+    options.add_provider_for_devices([_openvino_device()], config)
 
 
 def _openvino_device() -> ort.OrtEpDevice:

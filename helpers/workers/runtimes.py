@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from onnxruntime import InferenceSession
 
 from helpers import files
 from helpers.workers import computed
@@ -116,13 +117,18 @@ def profiled(
         ]
 
     if openvino is not None:
-        shared = session.get_provider_graph_assignment_info()
-        nodes = [(part.ep_name, node) for part in shared for node in part.get_nodes()]
-        model.taken, model.handed_back = (
-            [(node.op_type, node.name) for provider, node in nodes if (provider == CPU) == on_cpu]
-            for on_cpu in (False, True)
-        )
+        model.taken, model.handed_back = _shared_out(session)
     return model, events
+
+
+def _shared_out(session: InferenceSession) -> list[list[tuple[str, str]]]:
+    """Operators with names of nodes that another provider than the CPU's took, and the others."""
+    parts = session.get_provider_graph_assignment_info()
+    nodes = [(part.ep_name == CPU, node) for part in parts for node in part.get_nodes()]
+    return [
+        [(node.op_type, node.name) for on_cpu, node in nodes if on_cpu == wanted]
+        for wanted in (False, True)
+    ]
 
 
 def _openvino_settings(precision: str | None) -> dict[str, str | int]:
