@@ -7,21 +7,27 @@ made from. What cannot be made is a contender with a reason, a row of the table 
 import dataclasses
 import logging
 import re
+import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from helpers import files, graph
 from helpers.quiet import quiet
+from helpers.workers import runtimes
 
 logger = logging.getLogger(__name__)
 
+Feeds = Sequence[Mapping[str, np.ndarray]]
+
 
 class Look(NamedTuple):
-    """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones more."""
+    """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones what may
+    be less precise, or is compiled."""
 
     colour: str
     marker: str
@@ -33,19 +39,28 @@ class Look(NamedTuple):
 LOOKS = {
     "pytorch": Look("#000000", "o"),
     "compiled": Look("#000000", "o", filled=False),
+    "pytorch-bf16": Look("#000000", "p", filled=False),
+    "compiled-bf16": Look("#000000", "*", filled=False),
     "unfused": Look("#E69F00", "s"),
     "stock": Look("#56B4E9", "^"),
+    "static-int8": Look("#56B4E9", "^", filled=False),
     "onnxscript": Look("#0072B2", "v"),
     "transformers": Look("#0072B2", "<"),
     "opset23": Look("#009E73", "D"),
     "openvino": Look("#CC79A7", "X"),
     "openvino-int8": Look("#CC79A7", "X", filled=False),
+    "openvino-default": Look("#CC79A7", "h", filled=False),
+    "openvino-static-int8": Look("#CC79A7", "v", filled=False),
+    "plugin": Look("#CC79A7", "d"),
+    "plugin-default": Look("#CC79A7", "s", filled=False),
     "ours": Look("#D55E00", "P"),
     "lifted": Look("#D55E00", "*"),
     "lifted-shared": Look("#D55E00", ">"),
     "part": Look("#999999", "."),  # computes something else, to see what the rest costs
     "ours-int8": Look("#D55E00", "P", filled=False),
     "ours-int8-tensor": Look("#D55E00", "d", filled=False),
+    "ours-openvino": Look("#D55E00", "D", filled=False),
+    "ours-plugin": Look("#D55E00", "<", filled=False),
 }
 
 
@@ -74,9 +89,11 @@ class Contender:
 def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:
     """PyTorch, as `factory` makes it: ``pytorch("eager", "helpers.models:pytorch", name=…)``.
 
-    With ``compiled=True`` among the arguments, that factory applies ``torch.compile``.
+    With ``compiled=True`` among the arguments, that factory applies ``torch.compile``, and with
+    ``bf16="autocast"`` or ``"weights"`` it computes in bf16.
     """
     kind = "compiled" if arguments.get("compiled") else "pytorch"
+    kind += "-bf16" if arguments.get("bf16") else ""
     return Contender(label, kind, factory, arguments)
 
 
@@ -86,17 +103,43 @@ def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
     return Contender(label, kind, "helpers.workers.runtimes:onnxruntime", {"path": str(path)}, path)
 
 
-def openvino(label: str, path: str | Path, *, int8: bool = False) -> Contender:
-    """The model file at `path` on OpenVINO's CPU plugin, computing in fp32.
+def openvino(
+    label: str,
+    path: str | Path,
+    *,
+    precision: str | None = "f32",
+    int8: bool = False,
+    kind: str = "",
+) -> Contender:
+    """The model file at `path` on OpenVINO's CPU plugin, computing in `precision`.
 
-    With `int8`, NNCF makes the weights 8-bit (symmetric, per channel) when it is loaded, and the
-    plugin quantises the inputs of products as it runs. Both packages are optional; where they are
-    not installed, the row says so.
+    That is in OpenVINO's words ("f32", "bf16"); None is OpenVINO as it comes, which takes bf16
+    where the CPU has it. With `int8`, NNCF makes the weights 8-bit (symmetric, per channel) when it
+    is loaded, and the plugin may quantise the inputs of products as it runs; the table says what
+    was computed in. Both packages are optional; where they are not installed, the row says so.
     """
     path = Path(path).absolute()
-    kind = "openvino-int8" if int8 else "openvino"
-    arguments = {"path": str(path), "int8": int8}
+    kind = kind or ("openvino-int8" if int8 else _by_precision("openvino", precision))
+    arguments = {"path": str(path), "int8": int8, "precision": precision}
     return Contender(label, kind, "helpers.workers.runtimes:openvino", arguments, path)
+
+
+def openvino_plugin(
+    label: str, path: str | Path, *, precision: str | None = "f32", kind: str = ""
+) -> Contender:
+    """The model file at `path` on ONNX Runtime with OpenVINO's plugin, `precision` as `openvino`'s.
+
+    What the plugin does not take, the CPU provider computes: the column "handed back" of the table
+    has it. The package onnxruntime-ep-openvino is optional; where it is missing, the row says so.
+    """
+    path = Path(path).absolute()
+    arguments = {"path": str(path), "precision": precision}
+    factory = "helpers.workers.runtimes:openvino_plugin"
+    return Contender(label, kind or _by_precision("plugin", precision), factory, arguments, path)
+
+
+def _by_precision(kind: str, precision: str | None) -> str:
+    return kind if precision == "f32" else f"{kind}-default"
 
 
 def stock(
@@ -203,12 +246,81 @@ def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender
     return _made(label, "ours-int8" if per_channel else "ours-int8-tensor", path, make)
 
 
-def _made(
-    label: str, kind: str, source: str | Path, make: Callable[[Path], None], setting: str = ""
+def static_int8(label: str, path: str | Path, feeds: Feeds, **options: Any) -> Contender:
+    """The graph at `path` in 8 bits, calibrated on `feeds`, on ONNX Runtime.
+
+    ONNX Runtime's static quantisation after its own preparation, in the form of QuantizeLinear and
+    DequantizeLinear. `feeds` are inputs by name, one run each; `options` those of its
+    ``quantize_static``, whose defaults hold.
+    """
+
+    def make(target: Path) -> None:
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(quantization.CalibrationDataReader):
+            def __init__(self) -> None:
+                self.left = iter(known)
+
+            def get_next(self) -> dict[str, np.ndarray] | None:
+                return next(self.left, None)
+
+        known = _known(path, feeds)
+        with tempfile.TemporaryDirectory() as folder, files.writing(target) as draft:
+            prepared = str(Path(folder) / "prepared.onnx")
+            # Its symbolic shape inference raises on most graphs with dynamic axes.
+            quant_pre_process(str(path), prepared, skip_symbolic_shape=True)
+            quantization.quantize_static(prepared, str(draft), Reader(), **options)
+
+    return _made(label, "static-int8", path, make, "".join(f"_{name}" for name in options))
+
+
+def openvino_static_int8(
+    label: str, path: str | Path, feeds: Feeds, *, precision: str | None = "f32", **options: Any
 ) -> Contender:
-    """The file that `make` writes, as a contender; or the reason why there is none."""
+    """The graph at `path` in 8 bits, calibrated on `feeds`, on OpenVINO's CPU plugin.
+
+    What NNCF's ``quantize`` makes of it as of a Transformer, in OpenVINO's own format; `options`
+    are that function's. `precision` is for what is not in 8 bits, as `openvino`'s.
+    """
+
+    def make(target: Path) -> None:
+        nncf = runtimes.nncf()
+        import openvino
+
+        known = _known(path, feeds)
+        asked = {"model_type": nncf.ModelType.TRANSFORMER} | options
+        model = nncf.quantize(openvino.Core().read_model(path), nncf.Dataset(known), **asked)
+        with files.replacing(target) as draft:
+            openvino.save_model(model, draft, compress_to_fp16=False)
+            draft.with_suffix(".bin").replace(target.with_suffix(".bin"))
+
+    setting = "".join(f"_{name}" for name in options)
+    return _made(label, "openvino-static-int8", path, make, setting, precision=precision)
+
+
+def _known(path: str | Path, feeds: Feeds) -> list[dict[str, np.ndarray]]:
+    """The inputs that the graph at `path` knows, of each of the `feeds`."""
+    names = [value.name for value in graph.load(path, weights=False).graph.inputs]
+    return [{name: feed[name] for name in names if name in feed} for feed in feeds]
+
+
+def _made(
+    label: str,
+    kind: str,
+    source: str | Path,
+    make: Callable[[Path], None],
+    setting: str = "",
+    **openvino_options: Any,
+) -> Contender:
+    """The file that `make` writes, as a contender; or the reason why there is none.
+
+    With `openvino_options`, the file is in OpenVINO's format, and runs there.
+    """
     source = Path(source).absolute()
     target = source.with_stem(f"{source.stem}_{kind}{setting}")
+    if openvino_options:
+        target = target.with_suffix(".xml")
     logger.info(f"making {target.name} …")
     try:
         with quiet():
@@ -218,4 +330,6 @@ def _made(
         message = re.sub(folder, "", files.told(error, 10_000))
         message = textwrap.shorten(f"{type(error).__name__}: {message}", 240, placeholder=" …")
         return Contender(label, kind, reason=message)
+    if openvino_options:
+        return openvino(label, target, kind=kind, **openvino_options)
     return onnx(label, target, kind)

@@ -408,12 +408,27 @@ def test_bad_arguments(labels, options):
 def test_table():
     table = result({"eager": [0.2, 0.4], "ours": [0.1, 0.16]}).table()
     assert list(table) == [
-        *("speed-up", "low", "high", "milliseconds", "MB on disk", "MB at most", "difference"),
-        *("nodes", "nodes run"),
+        *("speed-up", "low", "high", "milliseconds", "MB on disk", "MB at most"),
+        *("precision", "difference", "nodes", "nodes run"),
     ]
     assert list(table.loc["ours"].iloc[:4]) == [2.25, 2, 2.5, 130]
     assert table.loc["eager", "MB at most"] == 3
     assert np.isnan(table.loc["ours", "MB on disk"])
+
+
+def test_what_runtimes_tell_is_in_the_table():
+    answer = result({"eager": [0.2], "plugin": [0.1], "all": [0.1]})
+    told = {
+        "plugin": {"precision": "bf16 and fp32", "handed_back": {"Attention": 6, "Shape": 2}},
+        "all": {"precision": "bf16", "handed_back": {}},
+    }
+    both = {
+        label: dataclasses.replace(one, **told.get(label, {}))
+        for label, one in answer.measured.items()
+    }
+    table = dataclasses.replace(answer, measured=both).table()
+    assert list(table.precision) == ["", "bf16 and fp32", "bf16"]
+    assert list(table["handed back"]) == ["", "6 Attention, 2 Shape", "nothing"]
 
 
 def test_against_another_reference():

@@ -240,7 +240,7 @@ def test_requirements_are_pinned_and_used():
     assert lines[-1] == "-e ."
     for line in lines[:-1]:
         if not line.startswith("#"):
-            assert re.match(r"(netron>=|[\w-]+==)[\d.]+\s+# \w", line), line
+            assert re.match(r"(netron>=|[\w-]+==)[\d.]+(; [^#]+)?\s+# \w", line), line
 
 
 def test_every_notebook_is_run_by_the_tests(request):

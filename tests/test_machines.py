@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import types
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,9 @@ from test_main import EXPLAIN
 
 from helpers import files, packages
 from helpers.__main__ import main
+from helpers.benchmark import machine
 from helpers.explain import chosen
+from helpers.workers import processor
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -154,6 +157,53 @@ def test_a_stream_that_lacks_signs(tmp_path):
     ascii_ = Python(sys.executable, ROOT, PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     text = ascii_("-m", "helpers", "explain", model, *EXPLAIN).stdout
     assert r"input 0    MatMul       \u2717 the graph has Mul" in text
+
+
+# ── Processors ──────────────────────────────────────────────────────────────────────────────────
+
+LSCPU = """Architecture:            x86_64
+Model name:              Some(R) Processor
+Flags:                   fpu sse2 {flags}
+"""
+SYSCTL = "machdep.cpu.brand_string: Apple M2\nhw.optional.{flag}: 1\nhw.optional.avx2_0: 0\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "told", "expected"),
+    [
+        (
+            "linux",
+            LSCPU.format(flags="avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"),
+            "Some(R) Processor (AVX2, AVX-512, VNNI, bf16, AMX), ",
+        ),
+        ("linux", LSCPU.format(flags="avx2 avx_vnni"), "Some(R) Processor (AVX2, VNNI), "),
+        (
+            "linux",
+            LSCPU.format(flags="avx"),
+            "(none of AVX2, AVX-512, VNNI, bf16, AMX, int8 products), ",
+        ),
+        ("linux", LSCPU.format(flags="asimd i8mm bf16"), "(bf16, int8 products), "),
+        ("linux", "", "(instruction sets not told), "),
+        ("darwin", SYSCTL.format(flag="arm.FEAT_BF16"), "Apple M2 (bf16), "),
+        ("darwin", SYSCTL.format(flag="avx512f"), "Apple M2 (AVX-512), "),
+        ("win32", "never asked", "(instruction sets not told), "),
+    ],
+)
+def test_the_caption_names_the_instruction_sets(platform, told, expected, monkeypatch):
+    def run(command, **_) -> types.SimpleNamespace:
+        assert command[0] == {"linux": "lscpu", "darwin": "sysctl"}[platform]
+        return types.SimpleNamespace(stdout=told)
+
+    monkeypatch.setattr(processor.sys, "platform", platform)
+    monkeypatch.setattr(processor.subprocess, "run", run)
+    monkeypatch.setattr(processor.platform, "processor", lambda: "x86_64")
+    assert expected in machine.conditions(2)
+
+
+def test_without_the_command_that_tells_of_the_processor(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.instruction_sets() == "instruction sets not told"
+    assert machine.processor()
 
 
 # ── What is installed ───────────────────────────────────────────────────────────────────────────

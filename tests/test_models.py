@@ -168,3 +168,19 @@ def test_an_export_that_fails_leaves_what_was_there(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="expected one of torchscript, dynamo, opset23"):
         export(tiny.model, inputs, path, "onnx")
+
+
+def test_in_bf16(tiny):
+    arrays = {"input_values": models.speech(seconds=0.2)}
+    expected = models.runner(tiny.model)(arrays)["logits"]
+    assert models.pytorch("wav2vec2").precision == "fp32"
+    found = {}
+    for how in ("autocast", "weights"):
+        model = models.pytorch("wav2vec2", bf16=how)
+        assert model.precision == "bf16"
+        found[how] = model(arrays)["logits"]
+        assert found[how].dtype == np.float32
+        assert 1e-5 < np.abs(found[how] - expected).max() < 0.2
+    assert (found["autocast"] != found["weights"]).any()
+    with pytest.raises(ValueError, match=r"expected .* found all"):
+        models.pytorch("wav2vec2", bf16="all")

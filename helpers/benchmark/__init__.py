@@ -1,13 +1,15 @@
 """Time contenders fairly: each in a process of its own, by turns, as ratios paired by round."""
 
+from helpers.benchmark.machine import PACKAGES, instruction_sets, peak_memory, processor
 from helpers.benchmark.results import Measured, Result, Speedup, plot_by, speedup
-from helpers.benchmark.timing import PACKAGES, peak_memory, processor, run
+from helpers.benchmark.timing import run
 
 __all__ = [
     "PACKAGES",
     "Measured",
     "Result",
     "Speedup",
+    "instruction_sets",
     "peak_memory",
     "plot_by",
     "processor",

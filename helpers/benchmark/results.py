@@ -76,7 +76,9 @@ class Measured:
     reference in the same rounds. `peak` is bytes, of its process, loading included; NaN where the
     system does not tell.
 
-    `outputs` are those of its first run, `operators` what its runtime ran, if it tells.
+    `outputs` are those of its first run. What its runtime tells: the `operators` that it ran, the
+    `precision` that their products were computed in, in words (else ""), and of those operators,
+    which the provider that was asked for `handed_back` to the CPU's (None where none was).
     """
 
     seconds: np.ndarray
@@ -84,6 +86,8 @@ class Measured:
     outputs: Mapping[str, np.ndarray]
     operators: Mapping[str, int] | None
     reference: np.ndarray | float = 1.0
+    precision: str = ""
+    handed_back: Mapping[str, int] | None = None
 
     @property
     def relative(self) -> np.ndarray:
@@ -155,8 +159,10 @@ class Result:
     def table(self) -> "pandas.DataFrame":
         """A row for each contender, by label.
 
-        MB are 10⁶ bytes: on disk, and of its process at the most. Nodes are those in the file, and
-        those that the runtime ran after optimising it by itself. NaN or empty: there is none.
+        MB are 10⁶ bytes: on disk, and of its process at the most. The precision is that in which
+        products were computed, as the runtime tells. Nodes are those in the file, and those that
+        the runtime ran after optimising it by itself; those handed back are what another provider
+        than the CPU's did not take. NaN or empty: there is none.
         """
         import pandas as pd
 
@@ -181,21 +187,27 @@ class Result:
             "milliseconds": 1000 * np.median(measured.seconds) if measured else np.nan,
             "MB on disk": self.megabytes.get(label, np.nan),
             "MB at most": measured.peak / 1e6 if measured else np.nan,
+            "precision": measured.precision if measured else "",
             "difference": "" if np.isnan(difference) else f"{difference:.0e}",
             "nodes": sum(self.in_file.get(label, {}).values()) or "",
             "nodes run": sum(operators.values()) if operators else "",
         }
+        if any(one.handed_back is not None for one in self.measured.values()):
+            row["handed back"] = _listed(measured.handed_back) if measured else ""
         return row | ({"reason": self.reasons.get(label, "")} if self.reasons else {})
 
     def operators(self) -> "pandas.DataFrame":
-        """How often each operator occurs, for each contender that runs a file: in the file, and
-        among those that the runtime ran, since a session fuses by itself. Most frequent first."""
+        """How often each operator occurs, for each contender that runs a file: in the file, among
+        those that the runtime ran, since a session fuses by itself, and of those, among what was
+        handed back. Most frequent first."""
         import pandas as pd
 
         columns = {}
         for label, counts in self.in_file.items():
             if ran := self.measured[label].operators:
                 columns[label, "file"], columns[label, "run"] = counts, ran
+                if handed_back := self.measured[label].handed_back:
+                    columns[label, "handed back"] = handed_back
         table = pd.DataFrame(columns).fillna(0).astype(int)
         return table.loc[table.max(axis=1).sort_values(ascending=False, kind="stable").index]
 
@@ -237,6 +249,13 @@ class Result:
         return f"{title}: {'; '.join(parts)}."
 
 
+def _listed(operators: Mapping[str, int] | None) -> str:
+    """How often each operator occurs: "6 Attention, 2 Shape", or "nothing"."""
+    if operators is None:
+        return ""
+    return ", ".join(f"{number} {name}" for name, number in operators.items()) or "nothing"
+
+
 def gap(expected: np.ndarray, array: np.ndarray) -> float:
     """The largest difference of two arrays; infinite where their shapes differ."""
     if expected.shape != array.shape:
@@ -261,7 +280,9 @@ def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> 
         median, low, high = np.array(speedups).T
         look = LOOKS[contender.kind]
         axes.fill_between(places, low, high, alpha=0.12, color=look.colour)
-        axes.plot(places, median, f"{look.marker}-", color=look.colour, label=contender.label)
+        inside = look.colour if look.filled else "white"
+        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": inside}
+        axes.plot(places, median, label=contender.label, **style)
     axes.axhline(1, color="grey", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, places)

@@ -7,14 +7,8 @@ the same round counts. Milliseconds are shown, as a fact of one run on one machi
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import math
-import os
-import platform
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from helpers import files, graph
+from helpers.benchmark import machine
 from helpers.benchmark.results import TAIL, Measured, Result, coverage, speedup
 from helpers.contenders import Contender
-from helpers.workers.worker import Failed, Worker, memory
+from helpers.workers.worker import Failed, Worker
 
 logger = logging.getLogger(__name__)
 
+OPENVINO = ".xml"  # how the name of a file in its own format ends, beside which is one of weights
 TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf")
-
 
 Cases = Mapping[str, Mapping[str, np.ndarray]]  # by a case's name, the model's inputs by theirs
 Rounds = int | tuple[int, int]  # so many, or at least and at most so many
@@ -104,10 +98,9 @@ def run(
     taken = {
         case: f"{rules[case].most} rounds of {repeats}, {len(groups)} groups" for case in cases
     }
-    machine = _machine(threads)
+    where = machine.conditions(threads)
     conditions = {
-        case: f"{case}: {taken[case]}; {_shapes(arrays)}; {machine}"
-        for case, arrays in cases.items()
+        case: f"{case}: {taken[case]}; {_shapes(arrays)}; {where}" for case, arrays in cases.items()
     }
     return table.results(contenders, conditions)
 
@@ -250,9 +243,15 @@ class _Group:
             times[label].append(self.answers[label]["seconds"])
 
     def measured(self, label: str, times: Sequence[float]) -> Measured:
-        worker = self.workers[label]
-        operators = self.answers[label]["operators"]
-        return Measured(np.array(times), worker.peak, worker.outputs(), operators)
+        worker, answer = self.workers[label], self.answers[label]
+        return Measured(
+            np.array(times),
+            worker.peak,
+            worker.outputs(),
+            answer["operators"],
+            precision=answer["precision"] or "",
+            handed_back=answer["handed_back"],
+        )
 
 
 class _Table:
@@ -293,9 +292,12 @@ class _Table:
             for contender in contenders
             if contender.path and contender.label in finished
         }
-        models = {label: graph.load(path, weights=False) for label, path in paths.items()}
-        counts = {label: graph.counts(model, domains=False) for label, model in models.items()}
-        megabytes = {label: files.size(path) / 1e6 for label, path in paths.items()}
+        counts = {
+            label: graph.counts(graph.load(path, weights=False), domains=False)
+            for label, path in paths.items()
+            if path.suffix != OPENVINO
+        }
+        megabytes = {label: _size(path) / 1e6 for label, path in paths.items()}
         return {
             case: Result(
                 tuple(contenders),
@@ -313,42 +315,12 @@ class _Table:
         return {label: reasons[label] for label in self.labels if label in reasons}
 
 
+def _size(path: Path) -> int:
+    """Bytes of a model on disk."""
+    if path.suffix == OPENVINO:
+        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    return files.size(path)
+
+
 def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
     return ", ".join(f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items())
-
-
-def _machine(threads: int) -> str:
-    """Processor, cores, threads and versions, in one line that names no machine."""
-    versions = []
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-    threaded = f"{os.cpu_count()} cores, {threads} threads that do not spin"
-    return f"{processor()}, {threaded}; {', '.join(versions)}"
-
-
-# By platform, what prints the processor's name: ``platform`` has its family alone, or nothing.
-NAMED_BY = {"linux": ("lscpu",), "darwin": ("sysctl", "machdep.cpu.brand_string")}
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError, KeyError):
-        environment = os.environ | {"LC_ALL": "C"}
-        answer = subprocess.run(
-            NAMED_BY[sys.platform], capture_output=True, text=True, env=environment
-        )
-        pattern = r"^(?:Model name|machdep\.cpu\.brand_string):\s*(.+)$"
-        if match := re.search(pattern, answer.stdout, re.MULTILINE):
-            return match[1]
-    return platform.processor() or platform.machine()
-
-
-def peak_memory() -> float:
-    """GiB of memory that this process has had at the most, without those that it started."""
-    try:
-        import resource
-    except ImportError:  # as on Windows
-        return memory(os.getpid()) / 2**30
-    bytes_each = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_each / 2**30

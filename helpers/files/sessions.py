@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +25,7 @@ def session(
     profile_prefix: str = "",
     folder: Path | None = None,
     write_to: Path | None = None,
+    openvino: Mapping[str, str | int] | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU for a model: a file, or bytes with `folder` for its data.
 
@@ -47,6 +50,9 @@ def session(
         options.add_session_config_entry(FOLDER, str(folder))
     # With its "fallback" it prints errors that it does not know, and tries the same once more.
     choice = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
+    if openvino is not None:
+        _put_on_openvino(options, openvino)
+        del choice["providers"]  # they are in the options
     if isinstance(model, bytes):
         return ort.InferenceSession(model, options, **choice)
     try:
@@ -57,6 +63,27 @@ def session(
     proto, folder = external.read(model)
     options.add_session_config_entry(FOLDER, str(folder))
     return ort.InferenceSession(proto.SerializeToString(), options, **choice)
+
+
+def _put_on_openvino(options: ort.SessionOptions, properties: Mapping[str, str | int]) -> None:
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    config = {"load_config": json.dumps({"CPU": dict(properties)})}
+    options.add_provider_for_devices([_openvino_device()], config)
+
+
+def _openvino_device() -> ort.OrtEpDevice:
+    """The CPU, as OpenVINO's plugin for ONNX Runtime offers it (its package's own example)."""
+    import onnxruntime_ep_openvino as plugin
+
+    def offered() -> list[ort.OrtEpDevice]:
+        return [one for one in ort.get_ep_devices() if one.ep_name == plugin.get_ep_name()]
+
+    if not offered():
+        ort.register_execution_provider_library("openvino", plugin.get_library_path())
+    found = {one.ep_metadata.get("ov_device"): one for one in offered()}
+    if "CPU" not in found:
+        raise RuntimeError(f"OpenVINO's plugin: expected a CPU that it runs on, found {[*found]}")
+    return found["CPU"]
 
 
 def give_back(dropped: float = 0) -> None:

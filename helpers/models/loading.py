@@ -251,31 +251,57 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def runner(model: torch.nn.Module) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """`model` in PyTorch eager, as a function from input arrays to output arrays, by name."""
+def runner(
+    model: torch.nn.Module, *, autocast: bool = False
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """`model` in PyTorch, as a function from input arrays to output arrays, by name.
 
+    With `autocast`, products are computed in bfloat16, by ``torch.autocast``. A model in bfloat16
+    takes its inputs in it too; outputs in it become float32.
+    """
     import torch
 
+    in_bf16 = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    casting = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+
     def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
-            outputs = model(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        return {name: value.numpy() for name, value in outputs.items() if torch.is_tensor(value)}
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if in_bf16:
+            inputs = {
+                name: value.bfloat16() if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+        with torch.inference_mode(), casting:
+            outputs = model(**inputs)
+        tensors = {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+        return {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            for name, value in tensors.items()
+        }
 
     run.__qualname__ = f"{type(model).__name__} in PyTorch"
     return run
 
 
 def pytorch(
-    name: str, *, compiled: bool = False, **options: Any
+    name: str, *, compiled: bool = False, bf16: str = "", **options: Any
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """`runner` of the model that `load` gives, in a benchmark's own process.
 
     With `compiled`, by ``torch.compile``, which needs a C++ compiler and compiles as it first runs.
+    `bf16` is "autocast", which keeps what loses most in float32 and casts weights in each run, or
+    "weights", where the whole model is bfloat16. Raises ValueError on another.
     """
     import torch
 
+    if bf16 not in ("", "autocast", "weights"):
+        raise ValueError(f'bf16: expected "autocast" or "weights", found {bf16}')
     model = load(name, **options).model
-    return runner(torch.compile(model) if compiled else model)
+    if bf16 == "weights":
+        model = model.to(torch.bfloat16)
+    run = runner(torch.compile(model) if compiled else model, autocast=bf16 == "autocast")
+    run.precision = "bf16" if bf16 else "fp32"  # what is asked of PyTorch is what it does
+    return run
 
 
 def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 SAMPLED = 0.02  # seconds between two looks at a contender's memory
+TOLD = ("operators", "precision", "handed_back")  # attributes that a model may have: `runtimes`
 
 
 class Failed(Exception):
@@ -28,10 +29,11 @@ class Worker:
     """A contender's own process, started at once; it answers in the order in which it is asked.
 
     JSON lines go in and out: first what to load, then ``{"arrays": FILE.npz}`` (`give`; it runs
-    once, keeps the outputs and tells the operators) or ``{"runs": N}`` (it tells the median of
-    their seconds). It ends by itself with its standard input. `folder` is its own; `path` is the
-    model's file, whose folder is left out of what it says. `peak` is the most memory, in bytes,
-    that it was seen to have while it was asked something; NaN where the system does not tell.
+    once, keeps the outputs and tells the `TOLD` attributes of the model) or ``{"runs": N}`` (it
+    tells the median of their seconds). It ends by itself with its standard input. `folder` is its
+    own; `path` is the model's file, whose folder is left out of what it says. `peak` is the most
+    memory, in bytes, that it was seen to have while it was asked something; NaN where the system
+    does not tell.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ def work() -> None:
                 with np.load(asked["arrays"]) as stored:
                     arrays = dict(stored)
                 np.savez(what["outputs"], **(model(arrays) or {}))
-                answer(operators=getattr(model, "operators", None))
+                answer(**{name: getattr(model, name, None) for name in TOLD})
                 continue
             seconds = []
             for _ in range(asked["runs"]):
