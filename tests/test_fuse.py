@@ -324,7 +324,7 @@ def source(tmp_path, way=None, **arrays):
     return write(tmp_path / "in.onnx", text, **arrays)
 
 
-@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("target", fuse.FUSING)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_writing_it(tmp_path, way, target, capsys):
     path = source(tmp_path, WAYS[way])
@@ -397,7 +397,7 @@ EINSUMS = {
 }
 
 
-@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("target", fuse.FUSING)
 @pytest.mark.parametrize("form", EINSUMS)
 def test_products_by_einsum(tmp_path, form, target):
     scores, context = EINSUMS[form]
@@ -667,7 +667,7 @@ def by_onnx(path):
     onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=100)
 
 
-@pytest.mark.parametrize("target", fuse.TARGETS)
+@pytest.mark.parametrize("target", fuse.FUSING)
 @pytest.mark.parametrize("export", [by_torch, by_transformers, by_onnx])
 def test_a_default_export_is_fused_and_runs_without_its_data(export, target, tmp_path, capsys):
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"

@@ -38,17 +38,18 @@ from helpers.quiet import quiet
 logger = logging.getLogger(__name__)
 
 OPSET = 23  # the first with Attention
-TARGETS = ("portable", "cpu", "openvino")
+FUSING = ("portable", "cpu")  # the targets in which every site is one operator
+TARGETS = (*FUSING, "openvino")
 
 
 @dataclasses.dataclass
 class Fused:
     """What `fuse` did: sites and how many of them are fused, the operators that fuse them, and how
     the result compares. `left` and `repaired` have a line for each site, or node; `not_portable`,
-    for the target of that name, one for each operator outside the standard that the input had and
-    the file still has, and `handed_back`, for `openvino`, one for each that its plugin hands back to
-    ONNX Runtime. `at_fault` names the step from which on parity did not hold, or says that
-    the file does not load; there is no file then."""
+    for target `portable`, one for each operator outside the standard that the input had and the
+    file still has; `handed_back`, for `openvino`, one for each that its plugin hands back to ONNX
+    Runtime. `at_fault` names the step from which on parity did not hold, or says that the file
+    does not load; there is no file then."""
 
     path: Path
     sites: int
@@ -111,10 +112,10 @@ def fuse(
     computes the same.
 
     `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
-    com.microsoft, `openvino` those that OpenVINO and its plugin of ONNX Runtime run fastest, with
-    attention written out where that is no operator. Compared is on `inputs`, an .npz with an array for each input, or on inputs that
-    are inferred. Raises ValueError on another target, `files.BadInput` on a model that is none, or
-    whose inputs cannot be inferred.
+    com.microsoft, `openvino` makes what OpenVINO and its plugin for ONNX Runtime run fastest, in
+    which attention is written out. Compared is on `inputs`, an .npz with an array for each input,
+    or on inputs that are inferred. Raises ValueError on another target, `files.BadInput` on a model
+    that is none, or whose inputs cannot be inferred.
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")

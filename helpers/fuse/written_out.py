@@ -36,10 +36,10 @@ def attention(node: ir.Node) -> None:
     A row without a key gets 0, as from Attention. Raises `Left`, with the graph as it was, where
     that cannot be done.
     """
-    heads, key_heads, width = _sizes(node)
+    heads, key_heads = _heads(node)
     tape, dtype = Tape(), _dtype(node)
     query, key, value, bias, past_key, past_value = _inputs(node, 6)
-    flat = rank(query) == 3
+    flat = "q_num_heads" in node.attributes  # three axes
     if flat:
         query = _split(tape, query, heads)
         key, value = (_split(tape, one, key_heads) for one in (key, value))
@@ -51,9 +51,8 @@ def attention(node: ir.Node) -> None:
         key, value = (_repeated(tape, one, heads, key_heads) for one in presents)
     bias, has_keys = _finite(tape, bias, dtype)
     transposed = tape.op("Transpose", [key], {"perm": [0, 1, 3, 2]})
-    scale = node.attributes.get_float("scale", 1 / math.sqrt(width))
     scores = tape.op("MatMul", [query, transposed])
-    scores = tape.op("Mul", [scores, tape.number(scale, dtype)])
+    scores = tape.op("Mul", [scores, _scale(tape, node, query, dtype)])
     scores = _capped(tape, scores, node.attributes.get_float("softcap", 0.0), dtype)
     if node.attributes.get_int("is_causal", 0):
         later = tape.op("Not", [_up_to_itself(tape, query, key, past_key)])
@@ -80,24 +79,40 @@ def _dtype(node: ir.Node) -> ir.DataType:
     return node.inputs[0].dtype or node.outputs[0].dtype or ir.DataType.FLOAT
 
 
-def _sizes(node: ir.Node) -> tuple[int, int, int]:
-    """Heads, heads of keys, and the width of a head; raises `Left` where they, or more, are
-    unknown."""
+def _heads(node: ir.Node) -> tuple[int, int]:
+    """How many heads there are, and how many of keys; raises `Left` where these are unknown, or the
+    operator does more than is written out."""
     if len(node.inputs) > 6 and node.inputs[6] is not None:
         raise Left("it is told how many keys each row has")
     scores_read = len(node.outputs) > 3 and bool(node.outputs[3].name)
     if scores_read and node.attributes.get_int("qk_matmul_output_mode", 0) != WEIGHTS:
         raise Left("its scores are read elsewhere")
-    query, key = node.inputs[:2]
-    width, axes = dim(query, -1), rank(query)
-    if axes == 3:
-        heads, key_heads = (node.attributes.get_int(f"{of}_num_heads", 0) for of in ("q", "kv"))
-        width = width // heads if isinstance(width, int) and heads else None
-    else:
-        heads, key_heads = dim(query, -3), dim(key, -3)
-    if not all(isinstance(size, int) and size for size in (heads, key_heads, width)):
-        raise Left("how many heads there are, or their width, is not known")
-    return heads, key_heads, width
+    given = [node.attributes.get_int(f"{of}_num_heads", 0) for of in ("q", "kv")]
+    heads, key_heads = given if all(given) else (dim(value, -3) for value in node.inputs[:2])
+    if all(map(_had_three_axes, node.inputs[:2])):  # (B·N, S, D), with as many of keys
+        return 1, 1
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        raise Left("how many heads there are is not known")
+    return heads, key_heads
+
+
+def _had_three_axes(value: ir.Value) -> bool:
+    """Whether `value` is of three axes with one put before them: (1, B·N, S, D)."""
+    node = value.producer()
+    return node is not None and node.op_type == "Unsqueeze" and rank(node.inputs[0]) == 3
+
+
+def _scale(tape: Tape, node: ir.Node, query: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """What the scores of `query` (B, N, S, D) are multiplied with: by default 1/√D."""
+    width = dim(node.inputs[0], -1)
+    if "q_num_heads" in node.attributes and isinstance(width, int):
+        width //= node.attributes.get_int("q_num_heads")
+    if "scale" in node.attributes:
+        return tape.number(node.attributes.get_float("scale"), dtype)
+    if isinstance(width, int):
+        return tape.number(1 / math.sqrt(width), dtype)
+    width = tape.op("Cast", [tape.sizes(query, -1)], {"to": int(dtype)})
+    return tape.op("Reciprocal", [tape.op("Sqrt", [width])])
 
 
 def _split(tape: Tape, value: ir.Value, heads: int) -> ir.Value:
