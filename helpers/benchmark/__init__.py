@@ -1,7 +1,8 @@
 """Time contenders fairly: each in a process of its own, by turns, as ratios paired by round."""
 
-from helpers.benchmark.results import Measured, Result, Speedup, plot_by, speedup
+from helpers.benchmark.results import Measured, Result, plot_by
 from helpers.benchmark.timing import PACKAGES, peak_memory, processor, run
+from helpers.workers.paired import Speedup, speedup
 
 __all__ = [
     "PACKAGES",

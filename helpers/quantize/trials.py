@@ -1,0 +1,159 @@
+"""Each way tried: which layers go back to floats until the bound holds, and how fast it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers import files, parity
+from helpers.quantize import measuring
+from helpers.quantize.layers import Layer, own_errors
+from helpers.quantize.samples import Samples
+from helpers.quantize.ways import Way
+from helpers.quiet import quiet
+from helpers.workers.paired import Speedup, speedup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Tried:
+    """What a way gave: the file, its error, the output that has it, the layers left in float, by
+    name, and how fast it is against the file that came in; `seconds` are (rounds,). With `reason`
+    there is no file."""
+
+    method: str
+    path: Path | None = None
+    error: float = float("inf")
+    output: str = ""
+    left: list[str] = dataclasses.field(default_factory=list)
+    seconds: np.ndarray | None = None
+    speedup: Speedup | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "left_in_float": self.left,
+            "error": self.error if np.isfinite(self.error) else None,
+            "speedup": self.speedup.median if self.speedup else None,
+            "interval": [self.speedup.low, self.speedup.high] if self.speedup else None,
+            "reason": self.reason or None,
+        }
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.method}: {self.reason}"
+        fast = f", speed-up {self.speedup}" if self.speedup else ""
+        return f"{self.method}: error {self.error:.3f}, {len(self.left)} left in float{fast}"
+
+
+class Trials:
+    """Tries ways to round the prepared graph `base` of the model that is `opened`.
+
+    `description` says on what inputs, and `timed` on which of them time was measured.
+    """
+
+    def __init__(
+        self,
+        opened: files.Opened,
+        base: Path,
+        target: str,
+        bound: float,
+        bits: int,
+        samples: Samples,
+    ) -> None:
+        self.opened, self.base, self.target, self.bound = opened, base, target, bound
+        self.bits, self.timed, self.own_errors = bits, "", {}
+        plain = parity.Runner(opened, optimise=False)
+        self.sets, passed = [], []  # calibration, if any, and others
+        for feeds in filter(None, (samples.judged, samples.others)):
+            cases, passed_over = parity.cases_of(plain, feeds, [opened])
+            self.sets.append(cases)
+            passed += passed_over
+        self.description = samples.description
+        if passed:
+            self.description += f"; passed over: {'; '.join(passed)}"
+        plain.close()
+
+    def of(self, way: Way, every: Sequence[Layer]) -> Tried:
+        """What `way` gives, with as few layers in float as the bound needs.
+
+        Layers go back in the order of their own errors. How many are needed is found by bisection,
+        beginning where the squares of the errors that stay, of which the whole error is made, are
+        small enough.
+        """
+        logger.info(f"trying {self.bits} bits, {way.name} …")
+        beyond = [layer.name for layer in every if layer not in way.layers]
+        best = self._tried(way, 0, beyond)
+        if best.error <= self.bound or best.reason:
+            return best
+        whole, low, high = best.error, 0, len(way.layers)  # too few, and as many as is too many
+        guess = self._needed(way, whole)
+        while high - low > 1:
+            middle = guess if low < guess < high else (low + high) // 2
+            guess = 0
+            tried = self._tried(way, middle, beyond)
+            logger.info(f"{way.name}: {middle} layers in float, error {tried.error:.3f}")
+            if tried.error <= self.bound:
+                best, high = tried, middle
+            else:
+                low = middle
+                best = best if best.error <= tried.error else tried
+        return best
+
+    def _order(self, way: Way) -> list[Layer]:
+        """The layers of `way`, that of the largest error of its own first."""
+        if missing := [layer for layer in way.layers if layer.name not in self.own_errors]:
+            logger.info("measuring what rounding costs each layer …")
+            cases = [case for cases in self.sets for case in cases]
+            arrays = [case.feed.arrays for case in cases]
+            self.own_errors |= own_errors(self.base, missing, arrays, self.bits)
+        return sorted(way.layers, key=lambda layer: -self.own_errors[layer.name])
+
+    def _needed(self, way: Way, whole: float) -> int:
+        """How many layers must go back, if each adds the square of its own error to the whole."""
+        squares = np.array([self.own_errors[layer.name] for layer in self._order(way)]) ** 2
+        stays = 1 - np.cumsum(squares) / (squares.sum() or 1.0)
+        return 1 + int(np.argmax(stays <= (self.bound / whole) ** 2))
+
+    def _tried(self, way: Way, number: int, beyond: Sequence[str]) -> Tried:
+        """What `way` gives with so many layers in float."""
+        order = self._order(way) if number else way.layers
+        left = order[:number]
+        path = self.base.with_name(f"{way.name.replace(' ', '_')}_{number}.onnx")
+        tried = Tried(way.name, path, left=[*beyond, *(layer.name for layer in left)])
+        try:
+            with quiet():
+                way.make(path, [layer for layer in way.layers if layer not in left])
+            with measuring.running(path, self.target) as run:
+                errors = [measuring.error(run, cases) for cases in self.sets]
+            tried.error, tried.output = max(errors)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # the tools' own types: a way that fails is none
+            tried.reason = files.raised(error)
+        return tried
+
+    def time(self, tried: Sequence[Tried]) -> None:
+        """Measure the speed of these, against the file that came in, on the largest input."""
+        if not tried:
+            return
+        cases = [case for cases in self.sets for case in cases]
+        arrays = max((case.feed.arrays for case in cases), key=_size)
+        self.timed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        logger.info(f"timing {len(tried)} of them …")
+        paths = {"": self.opened.path, **{one.method: one.path for one in tried}}
+        seconds = measuring.seconds(paths, self.target, arrays)
+        for one in tried:
+            one.seconds = seconds[one.method]
+            one.speedup = speedup(seconds[""], one.seconds)
+
+
+def _size(arrays: parity.Outputs) -> int:
+    return sum(array.size for array in arrays.values())
