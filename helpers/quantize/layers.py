@@ -1,9 +1,8 @@
-"""The layers of a graph, its products by weights: found, and what rounding costs each of them."""
+"""The layers of a graph: its products by weights, in the form that tools quantise."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +14,7 @@ from onnxscript import optimizer
 from helpers import files, graph
 from helpers.fuse.pipeline import convert
 from helpers.graph import external
-from helpers.parity import precision
 
-logger = logging.getLogger(__name__)
-
-AT_ONCE = 32  # inputs of layers that are in memory together
-ROWS = 512  # of a layer's input, at most, on which its error is measured
 _SAME_WEIGHT = {"Cast", "Identity", "Squeeze", "Transpose", "Unsqueeze"}
 
 
@@ -114,83 +108,3 @@ def _layers(model: ir.Model) -> Iterator[Layer]:
             continue
         if weight.shape is not None and len(weight.shape) == 2:
             yield Layer(node.name, operator, given.name, weight.name)
-
-
-def own_errors(
-    base: Path, layers: Sequence[Layer], feeds: Sequence[Mapping[str, np.ndarray]], bits: int
-) -> dict[str, float]:
-    """What rounding costs each layer by itself, by name: the root of the mean squared difference of
-    X · W with X and W rounded from X · W, on the float inputs X that `feeds` give it, relative to
-    its standard deviation.
-
-    X has one scale, and W one for each column (8 bits); or W alone is rounded, in blocks (4 bits).
-    """
-    weights = ir.load(base).graph.initializers
-    errors = {}
-    for start in range(0, len(layers), AT_ONCE):
-        some = layers[start : start + AT_ONCE]
-        inputs = _inputs(base, {layer.given for layer in some}, feeds)
-        for layer in some:
-            given, low, high = inputs[layer.given]
-            weight = weights[layer.weight].const_value.numpy()
-            exact = given @ weight
-            if bits == 8:
-                rounded = round_inputs(given, low, high) @ round_columns(weight)
-            else:
-                rounded = given @ round_blocks(weight)
-            gap = np.sqrt(np.mean((rounded - exact) ** 2))
-            errors[layer.name] = float(gap / (precision.spread(exact) or 1.0))
-    return errors
-
-
-def _inputs(
-    base: Path, names: set[str], feeds: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, tuple[np.ndarray, float, float]]:
-    """By name: rows of the tensor (rows, inputs), evenly spaced, and its range in all rows."""
-    model = ir.load(base)
-    own = {value.name for value in model.graph.outputs}
-    given = {value.name for value in model.graph.inputs}
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(values[name] for name in sorted(names - own - given))
-    path = base.with_name("inputs.onnx")
-    files.write(model, path)
-    session = files.session(path)
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    wanted = sorted(names - given)
-    most = max(1, ROWS // len(feeds))
-    for feed in feeds:
-        found = dict(zip(wanted, session.run(wanted, feed), strict=True)) if wanted else {}
-        for name in names:
-            array = found.get(name, feed.get(name))
-            flat = array.reshape(-1, array.shape[-1])
-            if not flat.size:
-                continue
-            low[name] = min(low[name], float(flat.min()))
-            high[name] = max(high[name], float(flat.max()))
-            rows[name].append(flat[:: max(1, len(flat) // most)][:most])
-    return {name: (np.concatenate(rows[name]), low[name], high[name]) for name in names}
-
-
-def round_inputs(given: np.ndarray, low: float, high: float) -> np.ndarray:
-    """To 256 steps from `low` to `high`, of which 0 is one: as DynamicQuantizeLinear does."""
-    scale = (high - low) / 255 or 1.0
-    zero = np.round(-low / scale)
-    return (np.clip(np.round(given / scale) + zero, 0, 255) - zero) * np.float32(scale)
-
-
-def round_columns(weight: np.ndarray) -> np.ndarray:
-    """To seven bits with a sign, a scale for each column: as `cpu.dynamic` has it."""
-    scale = np.abs(weight).max(axis=0) / 64
-    scale[scale == 0] = 1
-    return np.clip(np.round(weight / scale), -64, 63) * scale
-
-
-def round_blocks(weight: np.ndarray, block: int = 32) -> np.ndarray:
-    """To four bits with a sign, a scale for each `block` of a column's numbers."""
-    rows, columns = weight.shape
-    padded = np.pad(weight, ((0, -rows % block), (0, 0))).reshape(-1, block, columns)
-    scale = np.abs(padded).max(axis=1, keepdims=True) / 8
-    scale[scale == 0] = 1
-    rounded = np.clip(np.round(padded / scale), -8, 7) * scale
-    return rounded.reshape(-1, columns)[:rows]

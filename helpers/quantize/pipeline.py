@@ -120,8 +120,8 @@ def quantize(
                 f"{opened}: expected products by weights (MatMul, Gemm) in float32, found none;"
                 " there is nothing to quantise"
             )
-        trials = Trials(opened, base, target, BOUND[bits], bits, given)
-        tried = [trials.of(way, layers) for way in ways(base, layers, target, bits, given)]
+        trials = Trials(opened, base, layers, target, BOUND[bits], bits, given)
+        tried = [trials.of(way) for way in ways(base, layers, target, bits, given)]
         trials.time([one for one in tried if one.error <= BOUND[bits]])
         chosen = _best(tried)
         answer = Quantized(out, target, bits, chosen, tried, len(layers), trials.description)

@@ -14,16 +14,18 @@ from helpers import feeds, files
 LEAST = 8  # samples, to calibrate on
 HELD_OUT = 4  # of so many samples one is kept from calibration, to judge by
 JUDGED, TOGETHER = 32, 8  # samples of either kind that errors are measured on; and in one run
+FEW = 4  # samples that each layer alone is measured on
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """`calibration` has single samples, or none; the graph is judged on `judged` of them, and on
-    `others`. `description` says what they are."""
+    `others`; each layer alone on a `few`. `description` says what they are."""
 
     calibration: Sequence[Mapping[str, np.ndarray]]
     judged: Sequence[feeds.Feed]
     others: Sequence[feeds.Feed]
+    few: Sequence[feeds.Feed]
     description: str
 
 
@@ -36,7 +38,7 @@ def read(npz: str | Path | None, opened: files.Opened) -> Samples:
     """
     if npz is None:
         others, description = feeds.infer(opened)
-        return Samples([], [], others, description)
+        return Samples([], [], others, _middle(others), description)
     [feed], description = feeds.load(npz, opened)
     axis, fixed = _batch(opened.model, feed)
     count = len(feed.arrays[axis[0]]) if axis else 1
@@ -48,7 +50,7 @@ def read(npz: str | Path | None, opened: files.Opened) -> Samples:
     if fixed:
         others, inferred = feeds.infer(opened)
         said = f"{description}; {count} samples, all for calibration; others {inferred}"
-        return Samples([feed.arrays], [feed], others, said)
+        return Samples([feed.arrays], [feed], others, _middle(others), said)
     rows = np.arange(count)
     held_out = rows % HELD_OUT == HELD_OUT - 1
     said = f"{description}; {count} samples, {held_out.sum()} of them held out from calibration"
@@ -56,8 +58,15 @@ def read(npz: str | Path | None, opened: files.Opened) -> Samples:
         [_rows(feed, axis, row[None]).arrays for row in rows[~held_out]],
         [*_steps(feed, axis, rows[~held_out], "calibration")],
         [*_steps(feed, axis, rows[held_out], "held out")],
+        [_rows(feed, axis, rows[:: count // FEW][:FEW])],
         said,
     )
+
+
+def _middle(inferred: Sequence[feeds.Feed]) -> list[feeds.Feed]:
+    """The feed of the middle size."""
+    sizes = [sum(array.size for array in feed.arrays.values()) for feed in inferred]
+    return [inferred[int(np.argsort(sizes)[len(sizes) // 2])]]
 
 
 def _batch(model: ir.Model, feed: feeds.Feed) -> tuple[list[str], bool]:

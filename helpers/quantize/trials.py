@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from helpers import files, parity
-from helpers.quantize import measuring
-from helpers.quantize.layers import Layer, own_errors
+from helpers.quantize import costs, measuring
+from helpers.quantize.layers import Layer
 from helpers.quantize.samples import Samples
 from helpers.quantize.ways import Way
 from helpers.quiet import quiet
@@ -54,7 +54,8 @@ class Tried:
 
 
 class Trials:
-    """Tries ways to round the prepared graph `base` of the model that is `opened`.
+    """Tries ways to round layers of the prepared graph `base`, which has `every` of them, of the
+    model that is `opened`.
 
     `description` says on what inputs, and `timed` on which of them time was measured.
     """
@@ -63,64 +64,70 @@ class Trials:
         self,
         opened: files.Opened,
         base: Path,
+        every: Sequence[Layer],
         target: str,
         bound: float,
         bits: int,
         samples: Samples,
     ) -> None:
-        self.opened, self.base, self.target, self.bound = opened, base, target, bound
-        self.bits, self.timed, self.own_errors = bits, "", {}
+        self.opened, self.base, self.every = opened, base, every
+        self.target, self.bound, self.bits = target, bound, bits
+        self.timed, self.costs = "", {}
         plain = parity.Runner(opened, optimise=False)
         self.sets, passed = [], []  # calibration, if any, and others
         for feeds in filter(None, (samples.judged, samples.others)):
             cases, passed_over = parity.cases_of(plain, feeds, [opened])
             self.sets.append(cases)
             passed += passed_over
+        self.few, _ = parity.cases_of(plain, samples.few, [opened])
         self.description = samples.description
         if passed:
             self.description += f"; passed over: {'; '.join(passed)}"
         plain.close()
 
-    def of(self, way: Way, every: Sequence[Layer]) -> Tried:
+    def of(self, way: Way) -> Tried:
         """What `way` gives, with as few layers in float as the bound needs.
 
-        Layers go back in the order of their own errors. How many are needed is found by bisection,
-        beginning where the squares of the errors that stay, of which the whole error is made, are
-        small enough.
+        Those go back first that cost most if they are rounded alone. How many must is guessed from
+        the squares of these errors, which add up; then it is tried.
         """
         logger.info(f"trying {self.bits} bits, {way.name} …")
-        beyond = [layer.name for layer in every if layer not in way.layers]
+        beyond = [layer.name for layer in self.every if layer not in way.layers]
         best = self._tried(way, 0, beyond)
-        if best.error <= self.bound or best.reason:
+        if self._held(best) or best.reason:
             return best
-        whole, low, high = best.error, 0, len(way.layers)  # too few, and as many as is too many
-        guess = self._needed(way, whole)
-        while high - low > 1:
-            middle = guess if low < guess < high else (low + high) // 2
-            guess = 0
-            tried = self._tried(way, middle, beyond)
-            logger.info(f"{way.name}: {middle} layers in float, error {tried.error:.3f}")
-            if tried.error <= self.bound:
-                best, high = tried, middle
-            else:
-                low = middle
-                best = best if best.error <= tried.error else tried
+        failed, number = 0, self._guessed(way, best.error)
+        while not self._held(best) and number < len(way.layers):
+            tried = self._tried(way, number, beyond)
+            best = min(best, tried, key=lambda one: one.error)
+            if not self._held(tried):
+                failed, number = number, number + max(1, number // 4)
+        while self._held(best) and number - 1 > failed:
+            fewer = self._tried(way, number - 1, beyond)
+            if not self._held(fewer):
+                break
+            best, number = fewer, number - 1
         return best
 
-    def _order(self, way: Way) -> list[Layer]:
-        """The layers of `way`, that of the largest error of its own first."""
-        if missing := [layer for layer in way.layers if layer.name not in self.own_errors]:
-            logger.info("measuring what rounding costs each layer …")
-            cases = [case for cases in self.sets for case in cases]
-            arrays = [case.feed.arrays for case in cases]
-            self.own_errors |= own_errors(self.base, missing, arrays, self.bits)
-        return sorted(way.layers, key=lambda layer: -self.own_errors[layer.name])
+    def _held(self, tried: Tried) -> bool:
+        return tried.error <= self.bound
 
-    def _needed(self, way: Way, whole: float) -> int:
-        """How many layers must go back, if each adds the square of its own error to the whole."""
-        squares = np.array([self.own_errors[layer.name] for layer in self._order(way)]) ** 2
+    def _guessed(self, way: Way, whole: float) -> int:
+        """How many layers must go back, if the squares of the errors that stay add up."""
+        squares = np.array([self._costs()[layer.name] for layer in self._order(way)]) ** 2
         stays = 1 - np.cumsum(squares) / (squares.sum() or 1.0)
         return 1 + int(np.argmax(stays <= (self.bound / whole) ** 2))
+
+    def _order(self, way: Way) -> list[Layer]:
+        """The layers of `way`, that which costs most first."""
+        return sorted(way.layers, key=lambda layer: -self._costs()[layer.name])
+
+    def _costs(self) -> dict[str, float]:
+        """What rounding each layer alone costs; measured when it is first needed."""
+        if not self.costs:
+            logger.info(f"rounding each of {len(self.every)} layers alone …")
+            self.costs = costs.alone(self.base, self.every, self.few, self.bits)
+        return self.costs
 
     def _tried(self, way: Way, number: int, beyond: Sequence[str]) -> Tried:
         """What `way` gives with so many layers in float."""
@@ -134,6 +141,7 @@ class Trials:
             with measuring.running(path, self.target) as run:
                 errors = [measuring.error(run, cases) for cases in self.sets]
             tried.error, tried.output = max(errors)
+            logger.info(f"{way.name}, {number} left in float: error {tried.error:.3f}")
         except ModuleNotFoundError:
             raise
         except Exception as error:  # the tools' own types: a way that fails is none
