@@ -54,11 +54,8 @@ def _twice(inside: ir.Graph, node: ir.Node, number: ir.Value, at: int, bits: int
     given, weight, *rest = node.inputs
     array = weight.const_value.numpy()
     rounded = round_columns(array) if bits == 8 else round_blocks(array)
-    name = f"{node.name}_rounded"
-    other = ir.Value(name=name, const_value=ir.tensor(rounded.astype(np.float32), name=name))
-    inside.register_initializer(other)
-    own = ir.Value(name=f"{node.name}_number", const_value=ir.tensor(np.array(at, np.int64)))
-    inside.register_initializer(own)
+    other = _constant(inside, f"{node.name}_rounded", rounded.astype(np.float32))
+    own = _constant(inside, f"{node.name}_number", np.array(at, np.int64))
     equal = ir.node("Equal", [number, own], name=f"{node.name}_is_rounded")
     equal.outputs[0].name = f"{node.name}_is_rounded"
     branches = []
@@ -84,6 +81,12 @@ def _twice(inside: ir.Graph, node: ir.Node, number: ir.Value, at: int, bits: int
     name = old.name
     inside.remove(node, safe=True)
     new.name = name
+
+
+def _constant(inside: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    inside.register_initializer(value)
+    return value
 
 
 def _rounding(given: ir.Value) -> Iterator[ir.Node]:

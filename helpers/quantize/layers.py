@@ -76,9 +76,7 @@ def _apart(inside: ir.Graph, gemm: ir.Node) -> None:
         name = f"{weight.name}_turned"
         if name not in inside.initializers:
             turned = np.ascontiguousarray(weight.const_value.numpy().T)
-            inside.register_initializer(
-                ir.Value(name=name, const_value=ir.tensor(turned, name=name))
-            )
+            inside.register_initializer(ir.val(name, const_value=ir.tensor(turned, name=name)))
         weight = inside.initializers[name]
     old = gemm.outputs[0]
     nodes = [ir.node("MatMul", [given, weight], name=gemm.name)]
