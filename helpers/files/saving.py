@@ -164,7 +164,10 @@ def write(model: ir.Model, path: Path) -> None:
 
 
 def _write_one(model: ir.Model, path: Path) -> None:
-    """As protobuf serialises a ModelProto, with the graph's large initializers at its end."""
+    """As protobuf serialises a ModelProto, with the graph's large initializers at its end.
+
+    Fields are in the order of their numbers: OpenVINO takes no other file for one of ONNX.
+    """
     initializers = model.graph.initializers
     large = [
         value
@@ -182,6 +185,10 @@ def _write_one(model: ir.Model, path: Path) -> None:
             initializers.add(value)
     graph = proto.graph.SerializeToString()
     proto.ClearField("graph")
+    behind = onnx.ModelProto.FromString(proto.SerializeToString())
+    for field, _ in behind.ListFields():
+        later = field.number > onnx.ModelProto.GRAPH_FIELD_NUMBER
+        (proto if later else behind).ClearField(field.name)
     heads = []
     for value in large:
         tensor = value.const_value
@@ -201,6 +208,7 @@ def _write_one(model: ir.Model, path: Path) -> None:
         for head, value in zip(heads, large, strict=True):
             file.write(head)
             file.write(value.const_value.tobytes())
+        file.write(behind.SerializeToString())
 
 
 def _key(field: int, length: int) -> bytes:

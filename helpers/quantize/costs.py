@@ -100,7 +100,7 @@ def round_columns(weight: np.ndarray) -> np.ndarray:
     """To seven bits with a sign, a scale for each column: as `cpu.dynamically` has it."""
     scale = np.abs(weight).max(axis=0) / 64
     scale[scale == 0] = 1
-    return np.clip(np.round(weight / scale), -64, 63) * scale
+    return np.clip(np.round(weight / scale), -64, 64) * scale
 
 
 def round_blocks(weight: np.ndarray, block: int = 32) -> np.ndarray:

@@ -83,7 +83,8 @@ def _apart(inside: ir.Graph, gemm: ir.Node) -> None:
     if bias is not None:
         nodes.append(ir.node("Add", [nodes[0].outputs[0], bias], name=f"{gemm.name}_bias"))
         nodes[0].outputs[0].name = f"{old.name}_product"
-        nodes[0].outputs[0].dtype = old.dtype
+        if old.dtype is not None:
+            nodes[0].outputs[0].dtype = old.dtype
     new = nodes[-1].outputs[0]
     new.type, new.shape = old.type, old.shape
     inside.insert_before(gemm, nodes)

@@ -67,6 +67,9 @@ def weights(
     options = {"mode": modes.INT8_SYM}
     if bits == 4:
         options = {"mode": modes.INT4_SYM, "group_size": block, "ratio": 1.0}
+        options["advanced_parameters"] = tool.AdvancedCompressionParameters(
+            group_size_fallback_mode=tool.GroupSizeFallbackMode.ADJUST  # where a row is shorter
+        )
     _write(
         tool.compress_weights(
             onnx.load(base), ignored_scope=_ignored(tool, every, layers), **options
