@@ -26,9 +26,14 @@ ACCURACY = 4  # of MatMulNBits: inputs are rounded to 8 bits too, which is what 
 
 
 def dynamic(source: str | Path | files.Opened, out: Path, *, per_channel: bool = True) -> None:
-    """Write `source` with all of its layers in dynamic 8 bits to `out`."""
+    """Write `source` with all of its layers in dynamic 8 bits to `out`, without proof.
+
+    Raises ValueError where it has none.
+    """
     with files.scratch(out) as base:
         layers = prepare(source, base)
+        if not layers:  # of which the tool would make all
+            raise ValueError(f"{source}: expected products by float32 weights, found none")
         dynamically(base, out, layers, per_channel=per_channel)
 
 
