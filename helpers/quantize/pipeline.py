@@ -117,8 +117,8 @@ def quantize(
         layers = prepare(opened, base, latest=bits == 4 and target == "openvino")
         if not layers:
             raise files.BadInput(
-                f"{opened}: expected products by weights (MatMul, Gemm) in float32, found none;"
-                " there is nothing to quantise"
+                f"{opened}: expected products by weights (MatMul, Gemm) in float32, outside of"
+                " branches and bodies, found none; there is nothing to quantise"
             )
         trials = Trials(opened, base, layers, target, BOUND[bits], bits, given)
         tried = [trials.of(way) for way in ways(base, layers, target, bits, given)]

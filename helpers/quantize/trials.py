@@ -20,6 +20,8 @@ from helpers.workers.paired import Speedup, speedup
 
 logger = logging.getLogger(__name__)
 
+FAR = 1e3  # an error that is reckoned with in place of a larger one, or of none that is a number
+
 
 @dataclasses.dataclass
 class Tried:
@@ -35,6 +37,11 @@ class Tried:
     seconds: np.ndarray | None = None
     speedup: Speedup | None = None
     reason: str = ""
+
+    def drop(self) -> None:
+        """Remove the file, which may be large."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,13 +106,16 @@ class Trials:
         failed, number = 0, self._guessed(way, best.error)
         while not self._held(best) and number < len(way.layers):
             tried = self._tried(way, number, beyond)
-            best = min(best, tried, key=lambda one: one.error)
+            best, worse = sorted((best, tried), key=lambda one: one.error)
+            worse.drop()
             if not self._held(tried):
                 failed, number = number, number + max(1, number // 4)
         while self._held(best) and number - 1 > failed:
             fewer = self._tried(way, number - 1, beyond)
             if not self._held(fewer):
+                fewer.drop()
                 break
+            best.drop()
             best, number = fewer, number - 1
         return best
 
@@ -113,10 +123,14 @@ class Trials:
         return tried.error <= self.bound
 
     def _guessed(self, way: Way, whole: float) -> int:
-        """How many layers must go back, if the squares of the errors that stay add up."""
+        """How many layers must go back for the `whole` error to be within the bound, if the squares
+        of what each costs alone add up to it; all of them where that does not do."""
+        whole = min(whole, FAR)
         squares = np.array([self._costs()[layer.name] for layer in self._order(way)]) ** 2
-        stays = 1 - np.cumsum(squares) / (squares.sum() or 1.0)
-        return 1 + int(np.argmax(stays <= (self.bound / whole) ** 2))
+        if not way.more:  # without any rounded, nothing of it is left
+            squares *= whole**2 / (squares.sum() or 1.0)
+        enough = whole**2 - np.cumsum(squares) <= self.bound**2
+        return 1 + int(np.argmax(enough)) if enough.any() else len(way.layers)
 
     def _order(self, way: Way) -> list[Layer]:
         """The layers of `way`, that which costs most first."""

@@ -18,12 +18,13 @@ BLOCKS = (32, 128)  # numbers of a column that share a scale, in 4 bits
 
 
 class Way(NamedTuple):
-    """A way to make a graph: its name, what writes a file with some of the layers rounded, and the
-    layers that it can round."""
+    """A way to make a graph: its name, what writes a file with some of the layers rounded, the
+    layers that it can round, and whether it rounds `more`, which stays rounded."""
 
     name: str
     make: Callable[[Path, Sequence[Layer]], None]
     layers: list[Layer]
+    more: bool = False
 
 
 def ways(
@@ -64,4 +65,4 @@ def _by_calibration(
     ]
     if convolutions:
         make = partial(cpu.statically, base, samples.calibration, convolutions)
-        yield Way(f"{name}, convolutions too", make, products)
+        yield Way(f"{name}, convolutions too", make, products, more=True)
