@@ -132,6 +132,15 @@ def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
+def _quantize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers import quantize
+
+    model = files.checked(arguments.model)
+    options = {name: getattr(arguments, name) for name in ("target", "bits", "inputs")}
+    done = quantize.quantize(model, arguments.out, **options)
+    return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
+
+
 def _save_cut(arguments: argparse.Namespace, explanation: Any) -> None:
     """Write the neighbourhood of the first reason's node, as a picture or a model."""
     from helpers import graph, view
@@ -228,6 +237,26 @@ def _fuse_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
 
 
+def _quantize_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="IN.onnx")
+    command.add_argument("out", type=Path, metavar="OUT.onnx")
+    command.add_argument(
+        "--target",
+        choices=("cpu", "openvino"),
+        default="cpu",
+        help="what runs it: ONNX Runtime on the CPU, or OpenVINO",
+    )
+    command.add_argument(
+        "--bits", type=int, choices=(8, 4), default=8, help="4: weights alone, as for decoders"
+    )
+    command.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FEEDS.npz",
+        help="one array for each input, eight rows or more, to calibrate on",
+    )
+
+
 def _view_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     command.add_argument("--around", metavar="NODE", help="the node, or a tensor that it computes")
@@ -251,6 +280,7 @@ COMMANDS = {
     "compare": (_compare, _compare_options, "whether models compute what the first of them does"),
     "explain": (_explain, _explain_options, "why a fusion did not match, site by site"),
     "fuse": (_fuse, _fuse_options, "every attention site as one operator, right or not at all"),
+    "quantize": (_quantize, _quantize_options, "8 or 4 bits for a provider, proven"),
     "view": (
         _view,
         _view_options,

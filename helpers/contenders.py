@@ -218,30 +218,15 @@ def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
 def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender:
     """The graph at `path` with its products by weights in 8 bits, on ONNX Runtime.
 
-    ONNX Runtime's dynamic quantisation: weights are signed, with a scale for each column, or for
-    all of them without `per_channel`; inputs are quantised as it runs. com.microsoft's Attention is
-    a product by weights too. The standard's is not, and makes the tool write an invalid file, so a
-    graph that has one keeps its attention as it is.
+    ONNX Runtime's dynamic quantisation, by `helpers.quantize`: weights have a scale for each
+    column, or one for all of them without `per_channel`; inputs are quantised as it runs.
     """
 
     def make(target: Path) -> None:
-        from onnxruntime import quantization
+        from helpers import quantize
 
-        domains = {
-            node.domain
-            for node in graph.nodes(graph.load(path, weights=False))
-            if node.op_type == "Attention"
-        }
-        only_microsoft = domains == {graph.MICROSOFT}
         with files.writing(target) as draft:
-            quantization.quantize_dynamic(
-                str(path),
-                str(draft),
-                op_types_to_quantize=["MatMul", "Attention"] if only_microsoft else ["MatMul"],
-                per_channel=per_channel,
-                weight_type=quantization.QuantType.QInt8,
-                extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},
-            )
+            quantize.dynamic(path, draft, per_channel=per_channel)
 
     return _made(label, "ours-int8" if per_channel else "ours-int8-tensor", path, make)
 

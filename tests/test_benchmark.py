@@ -13,7 +13,8 @@ import pytest
 from graphs import write
 
 from helpers import benchmark, contenders, files
-from helpers.benchmark import results, timing
+from helpers.benchmark import timing
+from helpers.workers import paired
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -135,26 +136,26 @@ def test_speedup_is_paired_by_round():
     ],
 )
 def test_ranks_that_bound_the_median(rounds, expected, covers):
-    assert results.ranks(rounds) == expected
-    assert results.coverage(rounds) == pytest.approx(covers, abs=1e-5)
+    assert paired.ranks(rounds) == expected
+    assert paired.coverage(rounds) == pytest.approx(covers, abs=1e-5)
 
 
 def test_the_interval_is_the_narrowest_that_covers_enough_and_is_named():
     for rounds in range(6, 60):
-        low, high = results.ranks(rounds)
-        assert results.coverage(rounds) >= 0.95
+        low, high = paired.ranks(rounds)
+        assert paired.coverage(rounds) >= 0.95
         inside = sum(math.comb(rounds, count) for count in range(low + 1, high - 1))
         assert inside / 2**rounds < 0.95  # one rank less on either side covers too little
-        assert results.interval(rounds) == "95 % interval"
-    assert results.interval(5) == "range (a 94 % interval)"
-    assert results.interval(2) == "range (a 50 % interval)"
+        assert paired.interval(rounds) == "95 % interval"
+    assert paired.interval(5) == "range (a 94 % interval)"
+    assert paired.interval(2) == "range (a 50 % interval)"
 
 
 def test_how_often_the_median_lies_in_the_interval():
     ratios = np.random.default_rng(0).lognormal(size=(2000, 9))  # whose median is 1
     bounds = np.array([benchmark.speedup(row, np.ones(9)) for row in ratios])
     inside = (bounds[:, 1] <= 1) & (bounds[:, 2] >= 1)
-    assert inside.mean() == pytest.approx(results.coverage(9), abs=0.015)
+    assert inside.mean() == pytest.approx(paired.coverage(9), abs=0.015)
 
 
 def test_enough_rounds():

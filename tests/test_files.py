@@ -67,6 +67,19 @@ def test_large_weights_are_written_one_by_one(tmp_path):
     assert read == wanted
 
 
+def test_fields_are_written_in_their_order(tmp_path):
+    """OpenVINO does not read a file whose opsets, if they are two, come before its graph."""
+    model = ir.load(write(tmp_path / "a.onnx"))
+    model.opset_imports["com.microsoft"] = 1
+    model.producer_name = "a test"
+    files.write(model, tmp_path / "b.onnx")
+    written = (tmp_path / "b.onnx").read_bytes()
+    proto = onnx.ModelProto.FromString(written)
+    assert proto.producer_name == "a test"
+    assert len(proto.opset_import) == 2
+    assert written == proto.SerializeToString(deterministic=True)
+
+
 def test_what_is_written_replaces_what_was_there(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_text("old")

@@ -14,8 +14,8 @@ HOUSE = ROOT / "helpers"
 
 # From the top of the house down: a name imports those below it, never one above.
 ORDER = (
-    *("__main__", "bounds", "figures", "benchmark", "contenders", "explain", "fuse", "profiling"),
-    *("parity", "view", "feeds", "export", "models", "workers", "files", "graph"),
+    *("__main__", "bounds", "figures", "benchmark", "contenders", "quantize", "explain", "fuse"),
+    *("profiling", "parity", "view", "feeds", "export", "models", "workers", "files", "graph"),
     *("packages", "errors", "quiet"),
 )
 

@@ -1,8 +1,9 @@
 """Time contenders fairly: each in a process of its own, by turns, as ratios paired by round."""
 
 from helpers.benchmark.machine import PACKAGES, instruction_sets, peak_memory, processor
-from helpers.benchmark.results import Measured, Result, Speedup, plot_by, speedup
+from helpers.benchmark.results import Measured, Result, plot_by
 from helpers.benchmark.timing import run
+from helpers.workers.paired import Speedup, speedup
 
 __all__ = [
     "PACKAGES",

@@ -18,8 +18,9 @@ import numpy as np
 
 from helpers import files, graph
 from helpers.benchmark import machine
-from helpers.benchmark.results import TAIL, Measured, Result, coverage, speedup
+from helpers.benchmark.results import Measured, Result
 from helpers.contenders import Contender
+from helpers.workers.paired import TAIL, coverage, speedup, turns
 from helpers.workers.worker import Failed, Worker
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,6 @@ TIMEOUT = 300  # seconds that a contender may take to load, or for one turn
 Cases = Mapping[str, Mapping[str, np.ndarray]]  # by a case's name, the model's inputs by theirs
 Rounds = int | tuple[int, int]  # so many, or at least and at most so many
 Pairs = Sequence[tuple[str, str]]  # a contender's label, and that of what it is compared with
-
-
-def turns(labels: Sequence[str], number: int) -> list[str]:
-    """The order in round `number` (from 0): each round, another one goes first."""
-    first = number % max(len(labels), 1)
-    return [*labels[first:], *labels[:first]]
 
 
 def run(

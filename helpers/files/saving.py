@@ -181,7 +181,7 @@ def _write_one(model: ir.Model, path: Path) -> None:
         for value in large:
             initializers.add(value)
     graph = proto.graph.SerializeToString()
-    proto.ClearField("graph")
+    before, behind = _around_graph(proto)
     heads = []
     for value in large:
         tensor = value.const_value
@@ -195,12 +195,24 @@ def _write_one(model: ir.Model, path: Path) -> None:
         len(head) + value.const_value.nbytes for head, value in zip(heads, large, strict=True)
     )
     with path.open("wb") as file:
-        file.write(proto.SerializeToString())
+        file.write(before)
         file.write(_key(onnx.ModelProto.GRAPH_FIELD_NUMBER, len(graph) + size))
         file.write(graph)
         for head, value in zip(heads, large, strict=True):
             file.write(head)
             file.write(value.const_value.tobytes())
+        file.write(behind)
+
+
+def _around_graph(proto: onnx.ModelProto) -> tuple[bytes, bytes]:
+    """The fields of `proto` before and behind its graph, which it loses, in order of their numbers:
+    OpenVINO takes no other file for one of ONNX."""
+    proto.ClearField("graph")
+    behind = onnx.ModelProto.FromString(proto.SerializeToString())
+    for field, _ in behind.ListFields():
+        later = field.number > onnx.ModelProto.GRAPH_FIELD_NUMBER
+        (proto if later else behind).ClearField(field.name)
+    return proto.SerializeToString(), behind.SerializeToString()
 
 
 def _key(field: int, length: int) -> bytes:

@@ -1,7 +1,17 @@
 """Do two models compute the same? Compare their outputs over several inputs, padding included."""
 
-from helpers.parity.comparing import Candidate, Report, compare
+from helpers.parity.comparing import Candidate, Case, Report, cases_of, compare
 from helpers.parity.precision import TOLERANCE
-from helpers.parity.runner import Model, Outputs
+from helpers.parity.runner import Model, Outputs, Runner
 
-__all__ = ["TOLERANCE", "Candidate", "Model", "Outputs", "Report", "compare"]
+__all__ = [
+    "TOLERANCE",
+    "Candidate",
+    "Case",
+    "Model",
+    "Outputs",
+    "Report",
+    "Runner",
+    "cases_of",
+    "compare",
+]

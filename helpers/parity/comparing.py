@@ -142,7 +142,7 @@ class Report:
 
 
 @dataclasses.dataclass
-class _Case:
+class Case:
     """A feed, what the reference gives for it, and where that is compared."""
 
     feed: Feed
@@ -177,7 +177,7 @@ def compare(
         model if callable(model) else files.Opened.of(model) for model in (reference, *candidates)
     ]
     plain = Runner(reference, optimise=False)
-    cases, passed = _cases(plain, rows.with_masked(feeds, [reference, *candidates]))
+    cases, passed = cases_of(plain, feeds, [reference, *candidates])
     if passed:
         description += f"; passed over: {'; '.join(passed)}"
     plain.close()
@@ -185,10 +185,15 @@ def compare(
     return Report(plain.name, [judge.judged(model) for model in candidates], description)
 
 
-def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]]:
-    """What the reference gives for each feed, and which feeds it was passed over for, and why."""
+def cases_of(
+    plain: Runner, feeds: Sequence[Feed], models: Sequence[Model]
+) -> tuple[list[Case], list[str]]:
+    """What the reference gives for each feed, and which feeds it was passed over for, and why.
+
+    One of `models` tells where queries have no key. Raises as `compare` does.
+    """
     cases, passed = [], []
-    for feed in feeds:
+    for feed in rows.with_masked(feeds, models):
         try:
             outputs = plain.run(feed.arrays)
             empty = rows.empty(feed, outputs)
@@ -203,7 +208,7 @@ def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]
             continue
         bad = [name for name, out in outputs.items() if _nan(out[kept[name]])]
         if not bad:
-            cases.append(_Case(feed, outputs, kept, empty))
+            cases.append(Case(feed, outputs, kept, empty))
         elif feed.inferred:
             passed.append(f"{feed.name} (the reference gives NaN)")
         else:
@@ -236,7 +241,7 @@ def _cases(plain: Runner, feeds: Sequence[Feed]) -> tuple[list[_Case], list[str]
 class _Judge:
     """Judges candidates by what the reference gave."""
 
-    def __init__(self, plain: Runner, cases: list[_Case], tolerance: float | None) -> None:
+    def __init__(self, plain: Runner, cases: list[Case], tolerance: float | None) -> None:
         self.plain, self.cases, self.tolerance = plain, cases, tolerance
         self.precision, self.eight_bits = _read(plain)
         self.noise: dict[str, float] = {}
@@ -306,7 +311,7 @@ class _Judge:
     def _judge_output(
         self,
         candidate: Candidate,
-        case: _Case,
+        case: Case,
         name: str,
         array: np.ndarray,
         wanted: np.ndarray,

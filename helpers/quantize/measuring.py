@@ -1,0 +1,106 @@
+"""What a quantised graph costs and gains: its error against the floats, and its speed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from helpers import files, parity
+from helpers.parity import precision
+from helpers.workers import Worker
+from helpers.workers.paired import turns
+
+LOADERS = {  # by target, what runs a file in a process of its own
+    "cpu": ("helpers.workers.runtimes:onnxruntime", {}),
+    "openvino": ("helpers.workers.runtimes:openvino", {"int8": False}),
+}
+THREADS, TIMEOUT = 2, 300  # of one process; seconds that one turn may take
+ROUNDS, SECONDS = (6, 20), 10  # of the measurement of speed, at least and at most; its length
+Run = Callable[[parity.Outputs], parity.Outputs]
+
+
+@contextlib.contextmanager
+def running(path: Path, target: str) -> Iterator[Run]:
+    """The file at `path` as its provider runs it: a function from input to output arrays."""
+    if target == "cpu":
+        session = files.session(path)
+        names = [value.name for value in session.get_outputs()]
+        yield lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))
+        return
+    with _processes({"": path}, target) as workers:
+        worker = workers[""]
+
+        def run(arrays: parity.Outputs) -> parity.Outputs:
+            worker.give(arrays)
+            worker.receive()
+            return worker.outputs()
+
+        yield run
+
+
+@contextlib.contextmanager
+def _processes(paths: Mapping[str, Path], target: str) -> Iterator[dict[str, Worker]]:
+    """A process for each of the files, by label, which has loaded it."""
+    factory, more = LOADERS[target]
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = {}
+        for number, (label, path) in enumerate(paths.items()):
+            arguments = {"path": str(path), **more}
+            place = folder / str(number)
+            worker = Worker(factory, arguments, THREADS, TIMEOUT, place, path)
+            workers[label] = stack.enter_context(contextlib.closing(worker))
+        for worker in workers.values():
+            worker.receive()
+        yield workers
+
+
+def error(run: Run, cases: Sequence[parity.Case]) -> tuple[float, str]:
+    """The error of `run`, and the output that has it: the largest of all outputs of floats.
+
+    That of an output is the root of the mean squared difference from the reference, over all rows
+    that are compared in all `cases`, relative to the standard deviation of the reference there.
+    """
+    gaps: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[np.ndarray]] = {}
+    for case in cases:
+        outputs = run(case.feed.arrays)
+        for name, wanted in case.outputs.items():
+            if wanted.dtype.kind == "f":
+                where = case.kept[name]
+                gaps.setdefault(name, []).append((outputs[name] - wanted)[where].ravel())
+                values.setdefault(name, []).append(wanted[where].ravel())
+    errors = {}
+    for name, parts in gaps.items():
+        gap, wanted = np.concatenate(parts).astype(float), np.concatenate(values[name])
+        if gap.size:
+            own = np.sqrt(np.mean(gap**2)) / (precision.spread(wanted) or 1.0)
+            errors[name] = float(own) if np.isfinite(own) else float("inf")
+    worst = max(errors, key=errors.get, default="")
+    return errors.get(worst, float("inf")), worst
+
+
+def seconds(
+    paths: Mapping[str, Path], target: str, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The seconds that each of the files takes for `arrays`, by label, (rounds,); by turns, each in
+    a process of its own."""
+    least, most = ROUNDS
+    with _processes(paths, target) as workers:
+        for worker in workers.values():  # which is not timed
+            worker.give(arrays)
+            worker.receive()
+        times: dict[str, list[float]] = {label: [] for label in workers}
+        end = time.monotonic() + SECONDS
+        for number in range(most):
+            for label in turns([*workers], number):
+                workers[label].send(runs=1)
+                times[label].append(workers[label].receive()["seconds"])
+            if number + 1 >= least and time.monotonic() > end:
+                break
+    return {label: np.array(taken) for label, taken in times.items()}

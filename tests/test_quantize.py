@@ -1,0 +1,334 @@
+"""8 and 4 bits: what is reached, what is left in float, what is refused; proven against floats."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from building import HEADS, WIDTH, WORDS, Graph, save
+
+from helpers import contenders, feeds, files, graph, parity, quantize
+from helpers.__main__ import main
+from helpers.errors import DONE, FAILED
+from helpers.quantize import costs, cpu, measuring, samples
+from helpers.quantize.layers import prepare
+
+MICROSOFT = graph.MICROSOFT
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No times are taken: what is written second is faster."""
+
+    def seconds(paths, target, arrays):
+        return {label: np.full(6, 1 / (1 + at)) for at, label in enumerate(paths)}
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    return seconds
+
+
+def normalised(g: Graph, x: str, loud: float = 1.0) -> str:
+    """LayerNormalization, after which one number in sixteen is `loud` times as large."""
+    gain = np.ones(WIDTH, np.float32)
+    gain[3] = loud
+    return g.LayerNormalization(x, gain, np.zeros(WIDTH, np.float32), axis=-1)
+
+
+def product(g: Graph, x: str, name: str, columns: int = WIDTH, loud: float = 1.0) -> str:
+    """A product by a weight whose row for the loud number makes up for it."""
+    weight = np.random.default_rng(len(name)).normal(size=(WIDTH, columns)) / 4
+    weight[3] /= loud
+    return g.MatMul(x, g.constant(weight.astype(np.float32), f"{name}_weight"), name=name)
+
+
+def encoder(g: Graph, wrong: str = "") -> None:
+    """A layer of attention, and three products, the second of which may read a loud input."""
+    x = g.embedded(g.given("ids", np.int64, "batch", "length"))
+    x = normalised(g, g.attention(x))
+    loud = 2000.0 if wrong == "loud" else 1.0
+    for name in ("first", "second", "third"):
+        of_this = loud if name == "second" else 1.0
+        x = g.Add(x, g.Tanh(product(g, normalised(g, x, of_this), name, loud=of_this)))
+    g.gives("y", x, "batch", "length", WIDTH)
+
+
+def kinds(g: Graph, wrong: str = "") -> None:
+    """Products of all kinds, beside what is none: a standard Attention, a convolution, a product
+    of two inputs."""
+    x = g.given("x", np.float32, "batch", "length", WIDTH)
+    joined = g.weight("joined", WIDTH, 3 * WIDTH)
+    bias = g.weight("joined_bias", 3 * WIDTH, scale=0.1)
+    theirs = g.op("Attention", x, joined, bias, domain=MICROSOFT, num_heads=HEADS, name="microsoft")
+    turned = g.Transpose(theirs, perm=[0, 2, 1])
+    kernel = g.weight("kernel", WIDTH, WIDTH, 3, scale=0.2)
+    convolved = g.Conv(turned, kernel, pads=[1, 1], name="convolution")
+    flat = g.Reshape(g.Transpose(convolved, perm=[0, 2, 1]), [-1, WIDTH])
+    gemm = g.Gemm(flat, g.weight("b", WIDTH, WIDTH), g.weight("c", WIDTH), name="gemm")
+    gemm = g.Gemm(gemm, g.weight("bt", WIDTH, WIDTH), transB=1, name="gemm_turned")
+    rows = g.Reshape(gemm, g.Shape(x))
+    heads = [g.Unsqueeze(rows, [1])] * 3
+    ours = g.Squeeze(g.Attention(*heads, name="standard"), [1])
+    scores = g.MatMul(ours, g.Transpose(rows, perm=[0, 2, 1]), name="two_inputs")
+    g.gives("y", g.MatMul(scores, rows), "batch", "length", WIDTH)
+    g.gives("z", g.MatMul(rows, g.Transpose(g.weight("w", WIDTH, WIDTH)), name="behind"), 1, 1, 1)
+
+
+def operators(path: Path) -> dict[str, int]:
+    return graph.counts(graph.load(path, weights=False))
+
+
+def rows_of(path: Path, count: int = 8, length: int = 6, words: int = WORDS) -> Path:
+    ids = np.random.default_rng(0).integers(0, words, (count, length))
+    np.savez(path, ids=ids)
+    return path
+
+
+def run(path: Path, **arrays: np.ndarray) -> list[np.ndarray]:
+    return files.session(path).run(None, arrays)
+
+
+@pytest.fixture
+def made(tmp_path):
+    return save(tmp_path / "encoder.onnx", encoder)
+
+
+def test_layers_of_all_kinds_are_found_and_reached(tmp_path):
+    path = save(tmp_path / "kinds.onnx", kinds)
+    layers = prepare(path, tmp_path / "base.onnx")
+    assert {layer.name: layer.operator for layer in layers} == {
+        "microsoft": f"{MICROSOFT}.Attention",
+        "gemm": "MatMul",
+        "gemm_turned": "MatMul",
+        "behind": "MatMul",
+    }
+    x = np.random.default_rng(0).normal(size=(2, 5, WIDTH)).astype(np.float32)
+    for before, after in zip(run(path, x=x), run(tmp_path / "base.onnx", x=x), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-4)
+    quantize.dynamic(path, tmp_path / "dynamic.onnx")
+    counts = operators(tmp_path / "dynamic.onnx")
+    assert counts[f"{MICROSOFT}.QAttention"] == 1
+    assert counts["MatMulInteger"] == 3
+    assert counts["Attention"] == counts["Conv"] == 1  # as they were
+    assert counts["MatMul"] == 2
+    for before, after in zip(run(path, x=x), run(tmp_path / "dynamic.onnx", x=x), strict=True):
+        assert 0 < np.abs(before - after).std() < 0.1 * before.std()
+
+
+def test_weights_have_seven_bits_and_a_scale_for_each_column(made, tmp_path):
+    quantize.dynamic(made, tmp_path / "dynamic.onnx")
+    weights = ir.load(tmp_path / "dynamic.onnx").graph.initializers
+    eight = {name: value for name, value in weights.items() if value.dtype == ir.DataType.INT8}
+    large = [value.const_value.numpy() for value in eight.values() if len(value.shape) == 2]
+    assert len(large) == 7
+    for weight in large:
+        assert -64 <= weight.min() <= weight.max() <= 64
+        assert np.abs(weight.astype(int)).max(axis=0).min() >= 63  # each column uses them all
+    quantize.dynamic(made, tmp_path / "tensor.onnx", per_channel=False)
+    scale = ir.load(tmp_path / "tensor.onnx").graph.initializers["second_weight_scale"]
+    assert scale.const_value.size == 1
+
+
+def test_a_layer_whose_input_is_loud_is_left_in_float_and_no_other(tmp_path):
+    clean = quantize.quantize(save(tmp_path / "a.onnx", encoder), tmp_path / "a8.onnx")
+    assert (clean.held, clean.chosen.left, clean.layers) == (True, [], 7)
+    loud = save(tmp_path / "b.onnx", encoder, "loud")
+    done = quantize.quantize(loud, tmp_path / "b8.onnx")
+    assert done.held
+    assert done.chosen.method == "dynamic"
+    assert done.chosen.left == ["second"]
+    assert done.chosen.error <= done.bound == 0.1
+    assert "inferred: ids" in done.inputs
+    assert operators(done.path)["MatMulInteger"] == 6
+    quantize.dynamic(loud, tmp_path / "all.onnx")
+    ids = np.arange(12).reshape(2, 6)
+    exact, all_of_them, ours = (
+        run(path, ids=ids)[0] for path in (loud, tmp_path / "all.onnx", done.path)
+    )
+    assert np.sqrt(((all_of_them - exact) ** 2).mean()) > 0.1 * exact.std()
+    assert np.sqrt(((ours - exact) ** 2).mean()) < 0.1 * exact.std()
+    assert "left in float: second" in str(done)
+
+
+def test_what_a_layer_costs_alone_is_what_rounding_it_alone_costs(tmp_path):
+    path, base = save(tmp_path / "a.onnx", encoder, "loud"), tmp_path / "base.onnx"
+    layers = prepare(path, base)
+    arrays = {"ids": np.arange(12).reshape(2, 6)}
+    feed = [feeds.Feed("here", arrays)]
+    cases, _ = parity.cases_of(parity.Runner(path, optimise=False), feed, [path])
+    alone = costs.alone(base, layers, cases, 8)
+    assert max(alone, key=alone.get) == "second"
+    for layer in layers[:2] + layers[-2:]:
+        cpu.dynamically(base, tmp_path / "one.onnx", [layer])
+        with measuring.running(tmp_path / "one.onnx", "cpu") as one:
+            error, output = measuring.error(one, cases)
+        assert output == "y"
+        assert alone[layer.name] == pytest.approx(error, rel=0.1)
+
+
+def test_an_error_is_relative_to_the_spread_and_the_worst_output_counts():
+    wanted = {"a": np.array([[0.0, 2.0]]), "b": np.array([[0.0, 20.0]]), "n": np.array([1])}
+    kept = {name: np.ones(array.shape, bool) for name, array in wanted.items()}
+    kept["a"][0, 1] = False  # a row without a key
+    case = parity.Case(feeds.Feed("one", {}), wanted, kept, [])
+    given = {"a": np.array([[0.0, 9.0]]), "b": np.array([[1.0, 19.0]]), "n": np.array([5])}
+    assert measuring.error(lambda arrays: given, [case]) == (pytest.approx(0.1), "b")
+    bad = given | {"b": np.array([[np.nan, 0.0]])}
+    assert measuring.error(lambda arrays: bad, [case]) == (float("inf"), "b")
+
+
+def test_static_is_calibrated_on_three_of_four_samples(made, tmp_path):
+    npz = rows_of(tmp_path / "rows.npz", 12)
+    given = samples.read(npz, files.Opened(made))
+    assert len(given.calibration) == 9
+    assert [feed.arrays["ids"].shape[0] for feed in given.judged] == [8, 1]
+    [held_out] = given.others
+    np.testing.assert_array_equal(held_out.arrays["ids"], np.load(npz)["ids"][3::4])
+    done = quantize.quantize(made, tmp_path / "8.onnx", inputs=npz)
+    assert done.held
+    assert [one.method for one in done.tried] == ["dynamic", "static"]
+    assert done.chosen.method == "static"  # as its time is less
+    assert done.chosen.speedup.median == 3
+    assert "12 samples, 3 of them held out" in done.inputs
+    counts = operators(done.path)
+    assert counts["DequantizeLinear"] > counts["QuantizeLinear"] == 5  # q, k and v read one
+    assert "MatMulInteger" not in counts
+    assert done.megabytes[1] < done.megabytes[0] + 0.1
+
+
+def test_convolutions_are_tried_and_the_layers_of_an_attention_counted(tmp_path):
+    path = save(tmp_path / "kinds.onnx", kinds)
+    npz = tmp_path / "rows.npz"
+    np.savez(npz, x=np.random.default_rng(1).normal(size=(8, 5, WIDTH)).astype(np.float32))
+    done = quantize.quantize(path, tmp_path / "8.onnx", inputs=npz)
+    ways = {one.method: one for one in done.tried}
+    assert [*ways] == ["dynamic", "static", "static, convolutions too"]
+    assert [one.reason for one in done.tried] == [""] * 3
+    assert ways["dynamic"].left == []
+    assert ways["static"].left == ["microsoft"]  # which has no static form
+    assert done.held
+
+
+def test_the_more_exact_of_two_as_fast_is_taken(made, tmp_path, monkeypatch):
+    def alike(paths, target, arrays):
+        return {label: np.ones(6) for label in paths}
+
+    monkeypatch.setattr(measuring, "seconds", alike)
+    npz = rows_of(tmp_path / "rows.npz")
+    done = quantize.quantize(made, tmp_path / "8.onnx", inputs=npz)
+    assert done.chosen.error == min(one.error for one in done.tried)
+
+
+def test_four_bits_round_weights_alone(made, tmp_path):
+    done = quantize.quantize(made, tmp_path / "4.onnx", bits=4)
+    assert done.held
+    assert [one.method[:20] for one in done.tried] == ["weights in blocks of"] * 2
+    counts = operators(done.path)
+    assert counts[f"{MICROSOFT}.MatMulNBits"] == 7 - len(done.chosen.left)
+    assert 0.01 < done.chosen.error <= done.bound == quantize.BOUND[4]
+
+
+def test_json_has_the_fields_of_the_design_and_speed_is_measured(
+    made, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(measuring, "ROUNDS", (2, 2))
+    assert main(["quantize", str(made), str(tmp_path / "8.onnx"), "--json"]) == DONE
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert (answer["bits"], answer["method"], answer["left_in_float"]) == (8, "dynamic", [])
+    assert 0 < answer["error"] < answer["bound"]
+    low, high = answer["interval"]
+    assert 0 < low <= answer["speedup"] <= high
+    assert answer["inputs"].startswith("inferred: ")
+    assert answer["timed"].startswith("ids (")
+    assert "trying 8 bits, dynamic …" in printed.err
+    onnx.checker.check_model(str(tmp_path / "8.onnx"))
+
+
+def test_nothing_is_written_where_the_bound_does_not_hold(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(quantize.BOUND, 8, 1e-6)
+    out = tmp_path / "8.onnx"
+    assert main(["quantize", str(made), str(out)]) == FAILED
+    printed = capsys.readouterr().out
+    assert "not written: the bound is not held by any way" in printed
+    assert {file.name for file in tmp_path.iterdir()} == {"encoder.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["8.onnx", "x.onnx"], "quantised already (7 MatMulInteger"),
+        (["encoder.onnx", "x.onnx", "--inputs", "seven.npz"], "8 samples or more along the first"),
+        (["encoder.onnx", "x.onnx", "--inputs", "names.npz"], "expected arrays ids, found words"),
+        (["encoder.onnx", "x.onnx", "--inputs", "types.npz"], "expected ids int64 (batch, length)"),
+        (["encoder.onnx", "encoder.onnx"], "expected another file than the input"),
+        (["none.onnx", "x.onnx"], "expected products by weights (MatMul, Gemm) in float32"),
+        (["missing.onnx", "x.onnx"], "expected a model file, found none"),
+        (["encoder.onnx", "x.onnx", "--target", "openvino"], "expected the package nncf"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    made, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    if arguments[0] == "8.onnx":
+        quantize.dynamic(made, tmp_path / "8.onnx")
+    if arguments[0] == "none.onnx":
+        save(tmp_path / "none.onnx", lambda g, _: g.gives("y", g.Tanh(g.given("x", "f4", 2)), 2))
+    rows_of(tmp_path / "seven.npz", 7)
+    np.savez("names.npz", words=np.ones((8, 4), np.int64))
+    np.savez("types.npz", ids=np.ones((8, 4), np.int32))
+    before = {file.name: file.stat().st_mtime for file in tmp_path.iterdir()}
+    assert main(["quantize", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert {file.name: file.stat().st_mtime for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("wrong", [["--target", "gpu"], ["--bits", "2"]])
+def test_another_target_or_other_bits_are_refused(made, tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", str(made), str(tmp_path / "x.onnx"), *wrong])
+    assert "invalid choice" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="expected"):
+        quantize.quantize(made, tmp_path / "x.onnx", target="gpu")
+    with pytest.raises(ValueError, match="expected 8 or 4"):
+        quantize.quantize(made, tmp_path / "x.onnx", bits=2)
+
+
+def test_seven_samples_are_told_and_what_to_do(made, tmp_path):
+    with pytest.raises(files.BadInput, match="found 7; add more, or leave out --inputs"):
+        quantize.quantize(made, tmp_path / "x.onnx", inputs=rows_of(tmp_path / "seven.npz", 7))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_openvino_reads_what_nncf_makes(tmp_path, bits):
+    pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
+    pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
+    path = save(tmp_path / "encoder.onnx", encoder, "loud" if bits == 8 else "")
+    npz = rows_of(tmp_path / "rows.npz")
+    out = tmp_path / "out.onnx"
+    done = quantize.quantize(path, out, target="openvino", bits=bits, inputs=npz)
+    assert done.held, str(done)
+    assert [one.reason for one in done.tried] == [""] * len(done.tried)
+    if bits == 8:
+        assert {one.method for one in done.tried} == {
+            "weights",
+            "static, by NNCF",
+            "static, by ONNX Runtime",
+        }
+    exact, [ours] = run(path, ids=np.load(npz)["ids"]), run(out, ids=np.load(npz)["ids"])
+    assert np.sqrt(((ours - exact[0]) ** 2).mean()) < quantize.BOUND[bits] * exact[0].std()
+
+
+def test_contenders_are_made_by_the_same_code(made, monkeypatch):
+    asked = []
+    monkeypatch.setattr(quantize, "dynamic", lambda *given, **more: asked.append(more))
+    contenders.int8("int8", made, per_channel=False)
+    assert asked == [{"per_channel": False}]
