@@ -89,17 +89,11 @@ def _heads(node: ir.Node) -> tuple[int, int]:
         raise Left("its scores are read elsewhere")
     given = [node.attributes.get_int(f"{of}_num_heads", 0) for of in ("q", "kv")]
     heads, key_heads = given if all(given) else (dim(value, -3) for value in node.inputs[:2])
-    if all(map(_had_three_axes, node.inputs[:2])):  # (B·N, S, D), with as many of keys
-        return 1, 1
+    if not any(isinstance(one, int) for one in (heads, key_heads)):
+        return 1, 1  # as many of keys, or one, as a product takes them
     if not isinstance(heads, int) or not isinstance(key_heads, int):
         raise Left("how many heads there are is not known")
     return heads, key_heads
-
-
-def _had_three_axes(value: ir.Value) -> bool:
-    """Whether `value` is of three axes with one put before them: (1, B·N, S, D)."""
-    node = value.producer()
-    return node is not None and node.op_type == "Unsqueeze" and rank(node.inputs[0]) == 3
 
 
 def _scale(tape: Tape, node: ir.Node, query: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -48,6 +48,8 @@ def prepare(source: str | Path | files.Opened, path: Path, *, latest: bool = Fal
     for node in [*model.graph]:
         if node.op_type == "Gemm" and node.domain in graph.STANDARD:
             _apart(model.graph, node)
+        elif graph.operator(node) == f"{graph.MICROSOFT}.Attention":
+            _give_bias(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     passes.NameFixPass()(model)
     found = [*_layers(model)]
@@ -92,6 +94,21 @@ def _apart(inside: ir.Graph, gemm: ir.Node) -> None:
     name = old.name
     inside.remove(gemm, safe=True)
     new.name = name
+
+
+def _give_bias(inside: ir.Graph, node: ir.Node) -> None:
+    """Give com.microsoft's Attention a bias of zeros where it has none: QAttention needs one."""
+    inputs = [*node.inputs, None][:3]
+    weight = inputs[1]
+    if inputs[2] is not None or not _is_weight(weight) or weight.dtype != ir.DataType.FLOAT:
+        return
+    name = f"{weight.name}_no_bias"
+    if name not in inside.initializers:
+        zeros = ir.tensor(np.zeros(weight.const_value.shape[-1], np.float32), name=name)
+        inside.register_initializer(ir.val(name, const_value=zeros))
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, inside.initializers[name])
 
 
 def _layers(model: ir.Model) -> Iterator[Layer]:

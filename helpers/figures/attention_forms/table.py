@@ -1,0 +1,144 @@
+"""What was measured of attention's forms: kept in a CSV, as a table, and drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers import files
+from helpers.figures.attention_forms.forms import FORMS, STANDARD
+
+ASSETS = Path(__file__).parents[3] / "assets"
+PROVIDERS = {"cpu": "ONNX Runtime, products in 8 bits", "plugin": "OpenVINO's plugin as it comes"}
+
+CELL = ["provider", "masked", "width", "length", "batch"]
+TYPES = {"provider": str, "masked": bool, "width": int, "length": int, "batch": int}
+TYPES |= {"form": str, "median": float, "low": float, "high": float, "rounds": int}
+TYPES |= {"processor": str, "reason": str}
+NONE = {"median": "", "low": "", "high": ""}  # how it is written that there is none
+LOOKS = dict(  # Okabe and Ito's colours, and markers
+    zip(
+        FORMS,
+        [
+            *(("#000000", "o"), ("#999999", "s"), ("#D55E00", "P"), ("#E69F00", "X")),
+            *(("#CC79A7", "D"), ("#0072B2", "v"), ("#009E73", "^")),
+        ],
+        strict=True,
+    )
+)
+
+
+def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Put `rows` into the table at `path`, where they replace those of the same cells."""
+    table = pd.DataFrame(rows, columns=list(TYPES)).astype(TYPES)
+    if path.is_file():
+        old = pd.read_csv(path, keep_default_na=False, na_values=NONE).astype(TYPES)
+        again = set(table[CELL].itertuples(index=False, name=None))
+        keep = [cell not in again for cell in old[CELL].itertuples(index=False, name=None)]
+        table = pd.concat([old[keep], table])
+    table = table.sort_values(CELL, kind="stable").reset_index(drop=True)
+    table = table.round({"median": 3, "low": 3, "high": 3})
+    with files.replacing(path) as draft:
+        table.to_csv(draft, index=False)
+    return table
+
+
+def _wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ratios, a form in each column, a cell in each row."""
+    shown = rows.assign(
+        cell=[
+            f"{'masked' if masked else 'no mask'}, D = {width}, {batch} × {length}"
+            for masked, width, length, batch in rows[CELL[1:]].itertuples(index=False)
+        ],
+        text=["none" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in rows["median"]],
+    )
+    wide = shown.pivot(index="cell", columns="form", values="text").fillna("")
+    others = [form for form in FORMS if form in wide.columns and form != STANDARD]
+    wide = wide.loc[shown["cell"].unique(), others]
+    wide.index.name = wide.columns.name = None
+    return wide
+
+
+def text(table: pd.DataFrame) -> str:
+    """A table for each provider, and why a form has no time."""
+    parts = []
+    for provider, rows in table.groupby("provider", sort=False):
+        parts += [f"{PROVIDERS[provider]}: the time of {STANDARD} over that of each form"]
+        parts += [_wide(rows).to_string()]
+        why = rows[rows["reason"] != ""].drop_duplicates(["form", "reason"])
+        parts += [f"  {row.form}: {row.reason}" for row in why.itertuples()]
+    return "\n".join(parts)
+
+
+def page(table: pd.DataFrame) -> str:
+    """The section of the page of results."""
+    parts = [
+        "## Attention in each of its forms",
+        "",
+        f"![For each provider, mask and width of a head, how much faster each form of attention is"
+        f" than {STANDARD}, by length and batch; the table below has the figures]"
+        "(attention_forms.svg)",
+        "",
+        f"The time of `{STANDARD}` over that of each form, the three products by weights included:"
+        " above 1 is faster. D is the width of a head, of which there are 12; the cells are batch"
+        " × length, medians of paired rounds.",
+    ]
+    for provider, rows in table.groupby("provider", sort=False):
+        wide = _wide(rows)
+        processors = ", ".join(rows["processor"].unique())
+        parts += ["", f"**{PROVIDERS[provider]}**, on {processors}:", ""]
+        parts += [
+            f"| cell | {' | '.join(wide.columns)} |",
+            "| --- " * (len(wide.columns) + 1) + "|",
+        ]
+        parts += [
+            f"| {cell} | {' | '.join(row)} |"
+            for cell, row in zip(wide.index, wide.values, strict=True)
+        ]
+    return "\n".join(parts)
+
+
+def draw(table: pd.DataFrame, path: Path) -> Figure:
+    """A panel for each provider and mask, a line for each form, cells along the axis by width,
+    batch and length; the same bytes for the same table."""
+    panels = [*table.groupby(["provider", "masked"], sort=False)]
+    style = {"svg.hashsalt": "attention_forms", "svg.fonttype": "none"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 1 + 2.6 * len(panels)), layout="constrained")
+        every = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, ((provider, masked), rows) in zip(every, panels, strict=True):
+            cells = [*rows[["width", "batch", "length"]].drop_duplicates().itertuples(index=False)]
+            cells.sort()
+            places = {tuple(cell): place for place, cell in enumerate(cells)}
+            axes.axhline(1, color="black", linewidth=1)
+            for form, (colour, marker) in LOOKS.items():
+                of_form = rows[(rows["form"] == form) & rows["median"].notna()]
+                if form == STANDARD or of_form.empty:
+                    continue
+                keys = of_form[["width", "batch", "length"]].itertuples(index=False, name=None)
+                x = [places[key] for key in keys]
+                axes.vlines(x, of_form["low"], of_form["high"], color=colour, linewidth=1)
+                axes.plot(x, of_form["median"], marker, color=colour, markersize=5, label=form)
+            axes.set_xticks(range(len(cells)), [f"{b}×{s}\nD {w}" for w, b, s in cells], fontsize=6)
+            axes.set_yscale("log", base=2)
+            axes.set_title(
+                f"{PROVIDERS[provider]}, {'masked' if masked else 'no mask'}", fontsize=9
+            )
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.supylabel(f"faster than {STANDARD} by", fontsize="medium")
+        handles = {
+            label: handle
+            for axes in every
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if handles:
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False
+            )
+        with files.replacing(path) as draft:
+            figure.savefig(draft, format="svg", metadata={"Date": None})
+    return figure
