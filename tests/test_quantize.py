@@ -228,6 +228,7 @@ def test_four_bits_round_weights_alone(made, tmp_path):
     counts = operators(done.path)
     assert counts[f"{MICROSOFT}.MatMulNBits"] == 7 - len(done.chosen.left)
     assert 0.01 < done.chosen.error <= done.bound == quantize.BOUND[4]
+    assert done.timed == "ids (1, 8)"  # the shortest of those inferred
 
 
 def test_json_has_the_fields_of_the_design_and_speed_is_measured(

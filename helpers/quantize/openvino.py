@@ -79,8 +79,10 @@ def weights(
 
 
 def _ignored(tool: ModuleType, every: Sequence[Layer], layers: Sequence[Layer]) -> object:
-    """What NNCF leaves alone: the layers that are not among those to round."""
-    return tool.IgnoredScope(names=[layer.name for layer in every if layer not in layers])
+    """What NNCF leaves alone: convolutions (with them, wav2vec2-base has an error of 0.48, and
+    0.07 without), and the layers that are not among those to round."""
+    left = [layer.name for layer in every if layer not in layers]
+    return tool.IgnoredScope(names=left, types=["Conv"], validate=False)
 
 
 def _write(model: onnx.ModelProto, out: Path) -> None:

@@ -150,11 +150,11 @@ def _check_floats(opened: files.Opened) -> None:
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
-    """Of what was timed the fastest, or of those that cannot be told from it the one of least
-    error; where nothing was, the one of least error of all."""
+    """Of what was timed the fastest, or of those that cannot be told from it the one with fewest
+    layers in float, and least error; where nothing was, the one of least error of all."""
     timed = [one for one in tried if one.seconds is not None]
     if not timed:
         return min(tried, key=lambda one: one.error)
     fastest = min(timed, key=lambda one: np.median(one.seconds))
     near = [one for one in timed if speedup(one.seconds, fastest.seconds).low <= 1 + AHEAD]
-    return min(near, key=lambda one: one.error)
+    return min(near, key=lambda one: (len(one.left), one.error))

@@ -160,14 +160,20 @@ class Trials:
             raise
         except Exception as error:  # the tools' own types: a way that fails is none
             tried.reason = files.raised(error)
+            logger.info(f"{way.name}: {tried.reason}")
         return tried
 
     def time(self, tried: Sequence[Tried]) -> None:
-        """Measure the speed of these, against the file that came in, on the largest input."""
+        """Measure the speed of these, against the file that came in.
+
+        That is done on the largest input, and of 4 bits on the smallest: they are for decoders,
+        which read one position at a time.
+        """
         if not tried:
             return
         cases = [case for cases in self.sets for case in cases]
-        arrays = max((case.feed.arrays for case in cases), key=_size)
+        which = max if self.bits == 8 else min
+        arrays = which((case.feed.arrays for case in cases), key=_size)
         self.timed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         logger.info(f"timing {len(tried)} of them …")
         paths = {"": self.opened.path, **{one.method: one.path for one in tried}}
