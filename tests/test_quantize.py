@@ -13,6 +13,7 @@ from building import HEADS, WIDTH, WORDS, Graph, save
 from helpers import contenders, feeds, files, graph, parity, quantize
 from helpers.__main__ import main
 from helpers.errors import DONE, FAILED
+from helpers.files import saving
 from helpers.quantize import costs, cpu, measuring, samples
 from helpers.quantize.layers import prepare
 
@@ -306,6 +307,53 @@ def test_another_target_or_other_bits_are_refused(made, tmp_path, capsys, wrong)
 def test_seven_samples_are_told_and_what_to_do(made, tmp_path):
     with pytest.raises(files.BadInput, match="found 7; add more, or leave out --inputs"):
         quantize.quantize(made, tmp_path / "x.onnx", inputs=rows_of(tmp_path / "seven.npz", 7))
+
+
+def test_weights_in_another_file(made, tmp_path, monkeypatch):
+    for module in (files, saving):
+        monkeypatch.setattr(module, "ONE_FILE", 3000)
+    small = tmp_path / "small"
+    small.mkdir()
+    npz = rows_of(tmp_path / "rows.npz")
+    loud = save(tmp_path / "loud.onnx", encoder, "loud")
+    for bits in (8, 4):
+        done = quantize.quantize(loud, small / f"{bits}.onnx", bits=bits, inputs=npz)
+        assert done.held
+        assert [one.reason for one in done.tried] == ["", ""]
+    assert {file.suffix for file in small.iterdir()} == {".onnx", ".data"}
+    run(small / "8.onnx", ids=np.load(npz)["ids"])
+
+
+def test_a_fixed_batch_is_calibrated_on_as_it_is_and_judged_on_inferred_inputs(tmp_path):
+    def build(g: Graph, wrong: str) -> None:
+        g.gives("y", product(g, g.Tanh(g.given("x", np.float32, 8, WIDTH)), "one"), 8, WIDTH)
+
+    path = save(tmp_path / "fixed.onnx", build)
+    npz = tmp_path / "rows.npz"
+    np.savez(npz, x=np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32))
+    given = samples.read(npz, files.Opened(path))
+    assert [one["x"].shape for one in given.calibration] == [(8, WIDTH)]
+    assert all(feed.inferred for feed in given.others)
+    assert quantize.quantize(path, tmp_path / "8.onnx", inputs=npz).held
+
+
+def test_rows_without_a_key_do_not_count(tmp_path):
+    def build(g: Graph, wrong: str) -> None:
+        x = g.embedded(g.given("ids", np.int64, "batch", "length"))
+        mask = g.given("mask", np.int64, "batch", "length")
+        x = g.attention(x, bias=g.penalty(mask))
+        g.gives("y", product(g, x, "last"), "batch", "length", WIDTH)
+
+    path = save(tmp_path / "masked.onnx", build)
+    npz = tmp_path / "rows.npz"
+    mask = np.ones((8, 6), np.int64)
+    mask[7] = 0
+    np.savez(npz, ids=np.load(rows_of(tmp_path / "ids.npz"))["ids"], mask=mask)
+    given = samples.read(npz, files.Opened(path))
+    plain = parity.Runner(path, optimise=False)
+    [case], _ = parity.cases_of(plain, given.others, [path])
+    assert case.kept["y"][0].all()
+    assert not case.kept["y"][1].any()  # sample 7, held out as sample 3 is
 
 
 @pytest.mark.parametrize("bits", [8, 4])

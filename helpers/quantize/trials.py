@@ -16,6 +16,7 @@ from helpers.quantize.layers import Layer
 from helpers.quantize.samples import Samples
 from helpers.quantize.ways import Way
 from helpers.quiet import quiet
+from helpers.workers import Failed
 from helpers.workers.paired import Speedup, speedup
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,13 @@ class Trials:
         self.timed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         logger.info(f"timing {len(tried)} of them …")
         paths = {"": self.opened.path, **{one.method: one.path for one in tried}}
-        seconds = measuring.seconds(paths, self.target, arrays)
+        try:
+            seconds = measuring.seconds(paths, self.target, arrays)
+        except Failed as why:
+            raise files.BadInput(
+                f"{self.opened}: expected a graph that can be timed on {self.target}, found: {why};"
+                " give one that it runs, or more time to the machine"
+            ) from None
         for one in tried:
             one.seconds = seconds[one.method]
             one.speedup = speedup(seconds[""], one.seconds)
