@@ -14,7 +14,7 @@ from helpers import contenders, feeds, files, graph, parity, quantize
 from helpers.__main__ import main
 from helpers.errors import DONE, FAILED
 from helpers.files import saving
-from helpers.quantize import costs, cpu, measuring, samples
+from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing
 from helpers.quantize.layers import prepare
 
 MICROSOFT = graph.MICROSOFT
@@ -49,10 +49,12 @@ def encoder(g: Graph, wrong: str = "") -> None:
     """A layer of attention, and three products, the second of which may read a loud input."""
     x = g.embedded(g.given("ids", np.int64, "batch", "length"))
     x = normalised(g, g.attention(x))
-    loud = 2000.0 if wrong == "loud" else 1.0
     for name in ("first", "second", "third"):
-        of_this = loud if name == "second" else 1.0
-        x = g.Add(x, g.Tanh(product(g, normalised(g, x, of_this), name, loud=of_this)))
+        loud = 2000.0 if name == "second" and wrong == "loud" else 1.0
+        gain = np.ones(WIDTH, np.float32)
+        gain[3] = loud
+        read = g.Mul(normalised(g, x), gain)  # which is no part of the normalisation
+        x = g.Add(x, g.Tanh(product(g, read, name, loud=loud)))
     g.gives("y", x, "batch", "length", WIDTH)
 
 
@@ -151,6 +153,43 @@ def test_a_layer_whose_input_is_loud_is_left_in_float_and_no_other(tmp_path):
     assert np.sqrt(((all_of_them - exact) ** 2).mean()) > 0.1 * exact.std()
     assert np.sqrt(((ours - exact) ** 2).mean()) < 0.1 * exact.std()
     assert "left in float: second" in str(done)
+
+
+def test_loud_channels_of_a_normalisation_are_smoothed(tmp_path):
+    """What one reader has alone goes into the normalisation, of what others read a copy."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.embedded(g.given("ids", np.int64, "batch", "length"))
+        alone = normalised(g, x, 300.0)
+        x = g.Add(x, product(g, alone, "alone", loud=300.0))
+        shared = normalised(g, x, 300.0)
+        both = g.Add(product(g, shared, "one", loud=300.0), product(g, shared, "other"))
+        g.gives("y", g.Add(x, g.Tanh(both)), "batch", "length", WIDTH)
+        g.gives("shared", shared, "batch", "length", WIDTH)
+
+    path, base = save(tmp_path / "a.onnx", build), tmp_path / "base.onnx"
+    layers = prepare(path, base)
+    arrays = {"ids": np.random.default_rng(0).integers(0, WORDS, (4, 9))}
+    smoothed = tmp_path / "smoothed.onnx"
+    assert smoothing.smooth(base, layers, [arrays], smoothed)
+    counts = operators(smoothed)
+    assert (counts["LayerNormalization"], counts["Mul"]) == (2, 1)
+    exact, same = run(path, **arrays), run(smoothed, **arrays)
+    for before, after in zip(exact, same, strict=True):
+        np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+    errors = []
+    for graph_of, out in ((base, "plain.onnx"), (smoothed, "rounded.onnx")):
+        cpu.dynamically(graph_of, tmp_path / out, layers)
+        gap = run(tmp_path / out, **arrays)[0] - exact[0]
+        errors.append(np.sqrt((gap**2).mean()) / exact[0].std())
+    assert errors[1] < 0.3 * errors[0]
+    assert quantize.quantize(path, tmp_path / "8.onnx").chosen.method == "dynamic, smoothed"
+    nothing = save(
+        tmp_path / "b.onnx",
+        lambda g, _: g.gives("y", product(g, g.given("x", "f4", 2, WIDTH), "p"), 2, WIDTH),
+    )
+    layers = prepare(nothing, base)
+    assert not smoothing.smooth(base, layers, [{}], tmp_path / "none.onnx")
 
 
 def test_what_a_layer_costs_alone_is_what_rounding_it_alone_costs(tmp_path):
@@ -360,7 +399,7 @@ def test_rows_without_a_key_do_not_count(tmp_path):
 def test_openvino_reads_what_nncf_makes(tmp_path, bits):
     pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
     pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
-    path = save(tmp_path / "encoder.onnx", encoder, "loud" if bits == 8 else "")
+    path = save(tmp_path / "encoder.onnx", encoder)
     npz = rows_of(tmp_path / "rows.npz")
     out = tmp_path / "out.onnx"
     done = quantize.quantize(path, out, target="openvino", bits=bits, inputs=npz)
@@ -374,6 +413,18 @@ def test_openvino_reads_what_nncf_makes(tmp_path, bits):
         }
     exact, [ours] = run(path, ids=np.load(npz)["ids"]), run(out, ids=np.load(npz)["ids"])
     assert np.sqrt(((ours - exact[0]) ** 2).mean()) < quantize.BOUND[bits] * exact[0].std()
+
+
+def test_nncf_leaves_in_float_what_it_is_told(made, tmp_path):
+    pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
+    pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
+    layers = prepare(made, tmp_path / "base.onnx")
+    some = [layer for layer in layers if layer.name != "second"]
+    out = tmp_path / "out.onnx"
+    openvino.weights(tmp_path / "base.onnx", out, some, every=layers, bits=8, block=0)
+    weights = ir.load(out).graph.initializers
+    assert weights["second_weight"].dtype == ir.DataType.FLOAT
+    assert weights["first_weight_quantized"].dtype == ir.DataType.INT8
 
 
 def test_contenders_are_made_by_the_same_code(made, monkeypatch):
