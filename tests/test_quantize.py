@@ -16,6 +16,7 @@ from helpers.errors import DONE, FAILED
 from helpers.files import saving
 from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing
 from helpers.quantize.layers import prepare
+from helpers.workers import Failed
 
 MICROSOFT = graph.MICROSOFT
 
@@ -259,6 +260,26 @@ def test_the_more_exact_of_two_as_fast_is_taken(made, tmp_path, monkeypatch):
     npz = rows_of(tmp_path / "rows.npz")
     done = quantize.quantize(made, tmp_path / "8.onnx", inputs=npz)
     assert done.chosen.error == min(one.error for one in done.tried)
+
+
+def test_a_graph_that_cannot_be_timed_is_refused(made, tmp_path, monkeypatch):
+    def seconds(paths, target, arrays):
+        raise Failed("its process died with signal SIGKILL")
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    with pytest.raises(files.BadInput, match=r"timed on cpu, found: its process died .*; give"):
+        quantize.quantize(made, tmp_path / "8.onnx")
+    assert not (tmp_path / "8.onnx").exists()
+
+
+def test_a_way_that_fails_is_told_and_the_others_are_taken(made, tmp_path, monkeypatch):
+    def failing(*given, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(cpu, "dynamically", failing)
+    done = quantize.quantize(made, tmp_path / "8.onnx", inputs=rows_of(tmp_path / "rows.npz"))
+    assert done.chosen.method == "static"
+    assert "also tried: dynamic: RuntimeError: no such kernel" in str(done)
 
 
 def test_four_bits_round_weights_alone(made, tmp_path):
