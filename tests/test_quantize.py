@@ -327,7 +327,7 @@ def test_nothing_is_written_where_the_bound_does_not_hold(made, tmp_path, capsys
         (["encoder.onnx", "x.onnx", "--inputs", "names.npz"], "expected arrays ids, found words"),
         (["encoder.onnx", "x.onnx", "--inputs", "types.npz"], "expected ids int64 (batch, length)"),
         (["encoder.onnx", "encoder.onnx"], "expected another file than the input"),
-        (["none.onnx", "x.onnx"], "expected products by weights (MatMul, Gemm) in float32"),
+        (["none.onnx", "x.onnx"], "expected products by float32 weights (MatMul, Gemm)"),
         (["missing.onnx", "x.onnx"], "expected a model file, found none"),
         (["encoder.onnx", "x.onnx", "--target", "openvino"], "expected the package nncf"),
     ],

@@ -102,9 +102,8 @@ def quantize(
     `bits`, in the way that is fastest on `target`, if its error stays within `BOUND`.
 
     `cpu` is ONNX Runtime, `openvino` OpenVINO (which needs NNCF). `inputs` is an .npz with an array
-    for each input, whose rows are eight samples or more: of four, three are calibrated on. Without,
-    no way is tried that needs calibration, and errors are measured on inferred inputs. With 4 bits,
-    weights alone are rounded. Raises ValueError on another target or other bits, `files.BadInput`
+    for each input, of eight rows or more: three of four are calibrated on. Without, no way is tried
+    that needs it, and errors are of inferred inputs. In 4 bits are weights alone. Raises ValueError on another target or other bits, `files.BadInput`
     on a model that is quantised already or has no such product, and on bad samples.
     """
     _check(target, bits)
@@ -112,22 +111,22 @@ def quantize(
     files.keep_apart(opened, out)
     _check_floats(opened)
     if target == "openvino":
-        openvino.nncf()
+        openvino.nncf()  # its lack is told before any work
     given = samples.read(inputs, opened)
     with files.scratch(out) as base:
         layers = prepare(opened, base, latest=bits == 4 and target == "openvino")
         if not layers:
             raise files.BadInput(
-                f"{opened}: expected products by weights (MatMul, Gemm) in float32, outside of"
-                " branches and bodies, found none; there is nothing to quantise"
+                f"{opened}: expected products by float32 weights (MatMul, Gemm), outside of branches"
+                " and bodies, found none; there is nothing to quantise"
             )
         trials = Trials(opened, base, layers, target, BOUND[bits], bits, given)
         tried = [trials.of(way) for way in ways(base, layers, target, bits, given)]
         trials.time([one for one in tried if one.error <= BOUND[bits]])
         chosen = _best(tried)
         answer = Quantized(out, target, bits, chosen, tried, len(layers), trials.description)
+        answer.timed = trials.timed
         if answer.held:
-            answer.timed = trials.timed
             files.save(ir.load(chosen.path), out, keep=opened.data)
             answer.megabytes = files.size(opened) / 1e6, files.size(out) / 1e6
     return answer
