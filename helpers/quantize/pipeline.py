@@ -103,8 +103,9 @@ def quantize(
 
     `cpu` is ONNX Runtime, `openvino` OpenVINO (which needs NNCF). `inputs` is an .npz with an array
     for each input, of eight rows or more: three of four are calibrated on. Without, no way is tried
-    that needs it, and errors are of inferred inputs. In 4 bits are weights alone. Raises ValueError on another target or other bits, `files.BadInput`
-    on a model that is quantised already or has no such product, and on bad samples.
+    that needs it, and errors are of inferred inputs. In 4 bits are weights alone. Raises ValueError
+    on another target or other bits, `files.BadInput` on a model that is quantised already or has no
+    such product, and on bad samples.
     """
     _check(target, bits)
     opened, out = files.Opened.of(model), Path(out).absolute()
@@ -117,7 +118,7 @@ def quantize(
         layers = prepare(opened, base, latest=bits == 4 and target == "openvino")
         if not layers:
             raise files.BadInput(
-                f"{opened}: expected products by float32 weights (MatMul, Gemm), outside of branches"
+                f"{opened}: expected products by float32 weights (MatMul, Gemm) outside of branches"
                 " and bodies, found none; there is nothing to quantise"
             )
         trials = Trials(opened, base, layers, target, BOUND[bits], bits, given)
