@@ -104,8 +104,7 @@ def quantize(
     `cpu` is ONNX Runtime, `openvino` OpenVINO (which needs NNCF). `inputs` is an .npz with an array
     for each input, of eight rows or more: three of four are calibrated on. Without, no way is tried
     that needs it, and errors are of inferred inputs. In 4 bits are weights alone. Raises ValueError
-    on another target or other bits, `files.BadInput` on a model that is quantised already or has no
-    such product, and on bad samples.
+    on another target or other bits, `files.BadInput` on a bad model, and bad samples.
     """
     _check(target, bits)
     opened, out = files.Opened.of(model), Path(out).absolute()
