@@ -13,8 +13,10 @@ from building import HEADS, WIDTH, WORDS, Graph, save
 from helpers import contenders, feeds, files, graph, parity, quantize
 from helpers.__main__ import main
 from helpers.errors import DONE, FAILED
-from helpers.quantize import costs, cpu, measuring, samples
+from helpers.files import saving
+from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing
 from helpers.quantize.layers import prepare
+from helpers.workers import Failed
 
 MICROSOFT = graph.MICROSOFT
 
@@ -48,10 +50,12 @@ def encoder(g: Graph, wrong: str = "") -> None:
     """A layer of attention, and three products, the second of which may read a loud input."""
     x = g.embedded(g.given("ids", np.int64, "batch", "length"))
     x = normalised(g, g.attention(x))
-    loud = 2000.0 if wrong == "loud" else 1.0
     for name in ("first", "second", "third"):
-        of_this = loud if name == "second" else 1.0
-        x = g.Add(x, g.Tanh(product(g, normalised(g, x, of_this), name, loud=of_this)))
+        loud = 2000.0 if name == "second" and wrong == "loud" else 1.0
+        gain = np.ones(WIDTH, np.float32)
+        gain[3] = loud
+        read = g.Mul(normalised(g, x), gain)  # which is no part of the normalisation
+        x = g.Add(x, g.Tanh(product(g, read, name, loud=loud)))
     g.gives("y", x, "batch", "length", WIDTH)
 
 
@@ -152,6 +156,43 @@ def test_a_layer_whose_input_is_loud_is_left_in_float_and_no_other(tmp_path):
     assert "left in float: second" in str(done)
 
 
+def test_loud_channels_of_a_normalisation_are_smoothed(tmp_path):
+    """What one reader has alone goes into the normalisation, of what others read a copy."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x = g.embedded(g.given("ids", np.int64, "batch", "length"))
+        alone = normalised(g, x, 300.0)
+        x = g.Add(x, product(g, alone, "alone", loud=300.0))
+        shared = normalised(g, x, 300.0)
+        both = g.Add(product(g, shared, "one", loud=300.0), product(g, shared, "other"))
+        g.gives("y", g.Add(x, g.Tanh(both)), "batch", "length", WIDTH)
+        g.gives("shared", shared, "batch", "length", WIDTH)
+
+    path, base = save(tmp_path / "a.onnx", build), tmp_path / "base.onnx"
+    layers = prepare(path, base)
+    arrays = {"ids": np.random.default_rng(0).integers(0, WORDS, (4, 9))}
+    smoothed = tmp_path / "smoothed.onnx"
+    assert smoothing.smooth(base, layers, [arrays], smoothed)
+    counts = operators(smoothed)
+    assert (counts["LayerNormalization"], counts["Mul"]) == (2, 1)
+    exact, same = run(path, **arrays), run(smoothed, **arrays)
+    for before, after in zip(exact, same, strict=True):
+        np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+    errors = []
+    for graph_of, out in ((base, "plain.onnx"), (smoothed, "rounded.onnx")):
+        cpu.dynamically(graph_of, tmp_path / out, layers)
+        gap = run(tmp_path / out, **arrays)[0] - exact[0]
+        errors.append(np.sqrt((gap**2).mean()) / exact[0].std())
+    assert errors[1] < 0.3 * errors[0]
+    assert quantize.quantize(path, tmp_path / "8.onnx").chosen.method == "dynamic, smoothed"
+    nothing = save(
+        tmp_path / "b.onnx",
+        lambda g, _: g.gives("y", product(g, g.given("x", "f4", 2, WIDTH), "p"), 2, WIDTH),
+    )
+    layers = prepare(nothing, base)
+    assert not smoothing.smooth(base, layers, [{}], tmp_path / "none.onnx")
+
+
 def test_what_a_layer_costs_alone_is_what_rounding_it_alone_costs(tmp_path):
     path, base = save(tmp_path / "a.onnx", encoder, "loud"), tmp_path / "base.onnx"
     layers = prepare(path, base)
@@ -221,6 +262,26 @@ def test_the_more_exact_of_two_as_fast_is_taken(made, tmp_path, monkeypatch):
     assert done.chosen.error == min(one.error for one in done.tried)
 
 
+def test_a_graph_that_cannot_be_timed_is_refused(made, tmp_path, monkeypatch):
+    def seconds(paths, target, arrays):
+        raise Failed("its process died with signal SIGKILL")
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+    with pytest.raises(files.BadInput, match=r"timed on cpu, found: its process died .*; give"):
+        quantize.quantize(made, tmp_path / "8.onnx")
+    assert not (tmp_path / "8.onnx").exists()
+
+
+def test_a_way_that_fails_is_told_and_the_others_are_taken(made, tmp_path, monkeypatch):
+    def failing(*given, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(cpu, "dynamically", failing)
+    done = quantize.quantize(made, tmp_path / "8.onnx", inputs=rows_of(tmp_path / "rows.npz"))
+    assert done.chosen.method == "static"
+    assert "also tried: dynamic: RuntimeError: no such kernel" in str(done)
+
+
 def test_four_bits_round_weights_alone(made, tmp_path):
     done = quantize.quantize(made, tmp_path / "4.onnx", bits=4)
     assert done.held
@@ -228,6 +289,7 @@ def test_four_bits_round_weights_alone(made, tmp_path):
     counts = operators(done.path)
     assert counts[f"{MICROSOFT}.MatMulNBits"] == 7 - len(done.chosen.left)
     assert 0.01 < done.chosen.error <= done.bound == quantize.BOUND[4]
+    assert done.timed == "ids (1, 8)"  # the shortest of those inferred
 
 
 def test_json_has_the_fields_of_the_design_and_speed_is_measured(
@@ -265,7 +327,7 @@ def test_nothing_is_written_where_the_bound_does_not_hold(made, tmp_path, capsys
         (["encoder.onnx", "x.onnx", "--inputs", "names.npz"], "expected arrays ids, found words"),
         (["encoder.onnx", "x.onnx", "--inputs", "types.npz"], "expected ids int64 (batch, length)"),
         (["encoder.onnx", "encoder.onnx"], "expected another file than the input"),
-        (["none.onnx", "x.onnx"], "expected products by weights (MatMul, Gemm) in float32"),
+        (["none.onnx", "x.onnx"], "expected products by float32 weights (MatMul, Gemm)"),
         (["missing.onnx", "x.onnx"], "expected a model file, found none"),
         (["encoder.onnx", "x.onnx", "--target", "openvino"], "expected the package nncf"),
     ],
@@ -307,11 +369,58 @@ def test_seven_samples_are_told_and_what_to_do(made, tmp_path):
         quantize.quantize(made, tmp_path / "x.onnx", inputs=rows_of(tmp_path / "seven.npz", 7))
 
 
+def test_weights_in_another_file(made, tmp_path, monkeypatch):
+    for module in (files, saving):
+        monkeypatch.setattr(module, "ONE_FILE", 3000)
+    small = tmp_path / "small"
+    small.mkdir()
+    npz = rows_of(tmp_path / "rows.npz")
+    loud = save(tmp_path / "loud.onnx", encoder, "loud")
+    for bits in (8, 4):
+        done = quantize.quantize(loud, small / f"{bits}.onnx", bits=bits, inputs=npz)
+        assert done.held
+        assert [one.reason for one in done.tried] == ["", ""]
+    assert {file.suffix for file in small.iterdir()} == {".onnx", ".data"}
+    run(small / "8.onnx", ids=np.load(npz)["ids"])
+
+
+def test_a_fixed_batch_is_calibrated_on_as_it_is_and_judged_on_inferred_inputs(tmp_path):
+    def build(g: Graph, wrong: str) -> None:
+        g.gives("y", product(g, g.Tanh(g.given("x", np.float32, 8, WIDTH)), "one"), 8, WIDTH)
+
+    path = save(tmp_path / "fixed.onnx", build)
+    npz = tmp_path / "rows.npz"
+    np.savez(npz, x=np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32))
+    given = samples.read(npz, files.Opened(path))
+    assert [one["x"].shape for one in given.calibration] == [(8, WIDTH)]
+    assert all(feed.inferred for feed in given.others)
+    assert quantize.quantize(path, tmp_path / "8.onnx", inputs=npz).held
+
+
+def test_rows_without_a_key_do_not_count(tmp_path):
+    def build(g: Graph, wrong: str) -> None:
+        x = g.embedded(g.given("ids", np.int64, "batch", "length"))
+        mask = g.given("mask", np.int64, "batch", "length")
+        x = g.attention(x, bias=g.penalty(mask))
+        g.gives("y", product(g, x, "last"), "batch", "length", WIDTH)
+
+    path = save(tmp_path / "masked.onnx", build)
+    npz = tmp_path / "rows.npz"
+    mask = np.ones((8, 6), np.int64)
+    mask[7] = 0
+    np.savez(npz, ids=np.load(rows_of(tmp_path / "ids.npz"))["ids"], mask=mask)
+    given = samples.read(npz, files.Opened(path))
+    plain = parity.Runner(path, optimise=False)
+    [case], _ = parity.cases_of(plain, given.others, [path])
+    assert case.kept["y"][0].all()
+    assert not case.kept["y"][1].any()  # sample 7, held out as sample 3 is
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_openvino_reads_what_nncf_makes(tmp_path, bits):
     pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
     pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
-    path = save(tmp_path / "encoder.onnx", encoder, "loud" if bits == 8 else "")
+    path = save(tmp_path / "encoder.onnx", encoder)
     npz = rows_of(tmp_path / "rows.npz")
     out = tmp_path / "out.onnx"
     done = quantize.quantize(path, out, target="openvino", bits=bits, inputs=npz)
@@ -325,6 +434,18 @@ def test_openvino_reads_what_nncf_makes(tmp_path, bits):
         }
     exact, [ours] = run(path, ids=np.load(npz)["ids"]), run(out, ids=np.load(npz)["ids"])
     assert np.sqrt(((ours - exact[0]) ** 2).mean()) < quantize.BOUND[bits] * exact[0].std()
+
+
+def test_nncf_leaves_in_float_what_it_is_told(made, tmp_path):
+    pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
+    pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
+    layers = prepare(made, tmp_path / "base.onnx")
+    some = [layer for layer in layers if layer.name != "second"]
+    out = tmp_path / "out.onnx"
+    openvino.weights(tmp_path / "base.onnx", out, some, every=layers, bits=8, block=0)
+    weights = ir.load(out).graph.initializers
+    assert weights["second_weight"].dtype == ir.DataType.FLOAT
+    assert weights["first_weight_quantized"].dtype == ir.DataType.INT8
 
 
 def test_contenders_are_made_by_the_same_code(made, monkeypatch):

@@ -60,10 +60,11 @@ def dynamically(
 
 def statically(
     base: Path,
-    samples: Sequence[Mapping[str, np.ndarray]],
-    convolutions: Sequence[str],
     out: Path,
     layers: Sequence[Layer],
+    *,
+    samples: Sequence[Mapping[str, np.ndarray]],
+    convolutions: Sequence[str] = (),
 ) -> None:
     """Write the prepared graph `base` to `out` with these MatMul `layers`, and the `convolutions`
     by name, in 8 bits; inputs are quantised with the range that they have in the `samples`."""
@@ -90,7 +91,7 @@ class _Reader(quantization.CalibrationDataReader):
         return next(self.samples, None)
 
 
-def in_blocks(base: Path, bits: int, block: int, out: Path, layers: Sequence[Layer]) -> None:
+def in_blocks(base: Path, out: Path, layers: Sequence[Layer], *, bits: int, block: int) -> None:
     """Write the prepared graph `base` to `out` with the weights of these MatMul `layers` in `bits`,
     a scale for each `block` of a column's numbers: as com.microsoft's MatMulNBits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

@@ -29,10 +29,11 @@ def nncf() -> ModuleType:
 
 def statically(
     base: Path,
-    samples: Sequence[Mapping[str, np.ndarray]],
-    every: Sequence[Layer],
     out: Path,
     layers: Sequence[Layer],
+    *,
+    every: Sequence[Layer],
+    samples: Sequence[Mapping[str, np.ndarray]],
 ) -> None:
     """Write the prepared graph `base` to `out` with these `layers`, of `every` that it has, in 8
     bits, by calibration on the `samples`.
@@ -53,11 +54,12 @@ def statically(
 
 def weights(
     base: Path,
-    bits: int,
-    block: int,
-    every: Sequence[Layer],
     out: Path,
     layers: Sequence[Layer],
+    *,
+    every: Sequence[Layer],
+    bits: int,
+    block: int,
 ) -> None:
     """Write the prepared graph `base` to `out` with the weights of these `layers`, of `every` that
     it has, in `bits`: in 8 a scale for each column, in 4 for each `block` of its numbers. OpenVINO
@@ -79,8 +81,10 @@ def weights(
 
 
 def _ignored(tool: ModuleType, every: Sequence[Layer], layers: Sequence[Layer]) -> object:
-    """What NNCF leaves alone: the layers that are not among those to round."""
-    return tool.IgnoredScope(names=[layer.name for layer in every if layer not in layers])
+    """What NNCF leaves alone: convolutions (with them, wav2vec2-base has an error of 0.48, and
+    0.03 without), and the layers that are not among those to round."""
+    left = [layer.name for layer in every if layer not in layers]
+    return tool.IgnoredScope(names=left, types=["Conv"], validate=False)
 
 
 def _write(model: onnx.ModelProto, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from helpers import files, parity
-from helpers.quantize import costs, measuring
+from helpers.quantize import costs, measuring, smoothing
 from helpers.quantize.layers import Layer
 from helpers.quantize.samples import Samples
 from helpers.quantize.ways import Way
 from helpers.quiet import quiet
+from helpers.workers import Failed
 from helpers.workers.paired import Speedup, speedup
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class Trials:
     ) -> None:
         self.opened, self.base, self.every = opened, base, every
         self.target, self.bound, self.bits = target, bound, bits
-        self.timed, self.costs = "", {}
+        self.samples, self.timed, self.costs = samples, "", {}
         plain = parity.Runner(opened, optimise=False)
         self.sets, passed = [], []  # calibration, if any, and others
         for feeds in filter(None, (samples.judged, samples.others)):
@@ -95,23 +97,39 @@ class Trials:
     def of(self, way: Way) -> Tried:
         """What `way` gives, with as few layers in float as the bound needs.
 
-        Those go back first that cost most if they are rounded alone. How many must is guessed from
-        the squares of these errors, which add up; then it is tried.
+        Where it needs any, the graph is smoothed first, if that helps. Then those go back that cost
+        most if they are rounded alone. How many must is guessed from the squares of these errors,
+        which add up; then it is tried. A way that rounds more than layers is taken as it is.
         """
         logger.info(f"trying {self.bits} bits, {way.name} …")
-        beyond = [layer.name for layer in self.every if layer not in way.layers]
-        best = self._tried(way, 0, beyond)
-        if self._held(best) or best.reason:
+        base, best = self.base, self._tried(way, self.base, 0)
+        if not self._held(best) and way.smooth and self._smoothed:
+            smoothed = self._tried(way, self._smoothed, 0)
+            best, worse = sorted((best, smoothed), key=lambda one: one.error)
+            base = self._smoothed if best is smoothed else base
+            worse.drop()
+        if self._held(best) or best.reason or way.more:
             return best
-        failed, number = 0, self._guessed(way, best.error)
+        return self._with_floats(way, base, best)
+
+    @functools.cached_property
+    def _smoothed(self) -> Path | None:
+        """The graph, smoothed; None where it has nothing to smooth."""
+        path = self.base.with_name("smoothed.onnx")
+        feeds = self.samples.calibration or [feed.arrays for feed in self.samples.others]
+        return path if smoothing.smooth(self.base, self.every, feeds, path) else None
+
+    def _with_floats(self, way: Way, base: Path, best: Tried) -> Tried:
+        """The same with layers back in float; `best` has none."""
+        failed, number = 0, self._guessed(way, base, best.error)
         while not self._held(best) and number < len(way.layers):
-            tried = self._tried(way, number, beyond)
+            tried = self._tried(way, base, number)
             best, worse = sorted((best, tried), key=lambda one: one.error)
             worse.drop()
             if not self._held(tried):
                 failed, number = number, number + max(1, number // 4)
         while self._held(best) and number - 1 > failed:
-            fewer = self._tried(way, number - 1, beyond)
+            fewer = self._tried(way, base, number - 1)
             if not self._held(fewer):
                 fewer.drop()
                 break
@@ -122,56 +140,69 @@ class Trials:
     def _held(self, tried: Tried) -> bool:
         return tried.error <= self.bound
 
-    def _guessed(self, way: Way, whole: float) -> int:
+    def _guessed(self, way: Way, base: Path, whole: float) -> int:
         """How many layers must go back for the `whole` error to be within the bound, if the squares
-        of what each costs alone add up to it; all of them where that does not do."""
+        of what each costs alone add up to it."""
         whole = min(whole, FAR)
-        squares = np.array([self._costs()[layer.name] for layer in self._order(way)]) ** 2
-        if not way.more:  # without any rounded, nothing of it is left
-            squares *= whole**2 / (squares.sum() or 1.0)
-        enough = whole**2 - np.cumsum(squares) <= self.bound**2
-        return 1 + int(np.argmax(enough)) if enough.any() else len(way.layers)
+        alone = self._alone(base)
+        squares = np.array([alone[layer.name] for layer in self._order(way, base)]) ** 2
+        stays = 1 - np.cumsum(squares) / (squares.sum() or 1.0)
+        return 1 + int(np.argmax(stays <= (self.bound / whole) ** 2))
 
-    def _order(self, way: Way) -> list[Layer]:
+    def _order(self, way: Way, base: Path) -> list[Layer]:
         """The layers of `way`, that which costs most first."""
-        return sorted(way.layers, key=lambda layer: -self._costs()[layer.name])
+        alone = self._alone(base)
+        return sorted(way.layers, key=lambda layer: -alone[layer.name])
 
-    def _costs(self) -> dict[str, float]:
-        """What rounding each layer alone costs; measured when it is first needed."""
-        if not self.costs:
+    def _alone(self, base: Path) -> dict[str, float]:
+        """What rounding each layer of a prepared graph alone costs; measured when it is needed."""
+        if base not in self.costs:
             logger.info(f"rounding each of {len(self.every)} layers alone …")
-            self.costs = costs.alone(self.base, self.every, self.few, self.bits)
-        return self.costs
+            self.costs[base] = costs.alone(base, self.every, self.few, self.bits)
+        return self.costs[base]
 
-    def _tried(self, way: Way, number: int, beyond: Sequence[str]) -> Tried:
-        """What `way` gives with so many layers in float."""
-        order = self._order(way) if number else way.layers
-        left = order[:number]
-        path = self.base.with_name(f"{way.name.replace(' ', '_')}_{number}.onnx")
-        tried = Tried(way.name, path, left=[*beyond, *(layer.name for layer in left)])
+    def _tried(self, way: Way, base: Path, number: int) -> Tried:
+        """What `way` makes of the prepared graph `base` with so many layers in float."""
+        left = self._order(way, base)[:number] if number else []
+        name = way.name if base == self.base else f"{way.name}, smoothed"
+        path = self.base.with_name(f"{name} {number}.onnx".replace(" ", "_"))
+        beyond = [layer for layer in self.every if layer not in way.layers]
+        tried = Tried(name, path, left=[layer.name for layer in (*beyond, *left)])
         try:
             with quiet():
-                way.make(path, [layer for layer in way.layers if layer not in left])
+                way.make(base, path, [layer for layer in way.layers if layer not in left])
             with measuring.running(path, self.target) as run:
                 errors = [measuring.error(run, cases) for cases in self.sets]
             tried.error, tried.output = max(errors)
-            logger.info(f"{way.name}, {number} left in float: error {tried.error:.3f}")
+            logger.info(f"{name}, {number} left in float: error {tried.error:.3f}")
         except ModuleNotFoundError:
             raise
         except Exception as error:  # the tools' own types: a way that fails is none
             tried.reason = files.raised(error)
+            logger.info(f"{name}: {tried.reason}")
         return tried
 
     def time(self, tried: Sequence[Tried]) -> None:
-        """Measure the speed of these, against the file that came in, on the largest input."""
+        """Measure the speed of these, against the file that came in.
+
+        That is done on the largest input, and of 4 bits on the smallest: they are for decoders,
+        which read one position at a time.
+        """
         if not tried:
             return
         cases = [case for cases in self.sets for case in cases]
-        arrays = max((case.feed.arrays for case in cases), key=_size)
+        which = max if self.bits == 8 else min
+        arrays = which((case.feed.arrays for case in cases), key=_size)
         self.timed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         logger.info(f"timing {len(tried)} of them …")
         paths = {"": self.opened.path, **{one.method: one.path for one in tried}}
-        seconds = measuring.seconds(paths, self.target, arrays)
+        try:
+            seconds = measuring.seconds(paths, self.target, arrays)
+        except Failed as why:
+            raise files.BadInput(
+                f"{self.opened}: expected a graph that can be timed on {self.target}, found: {why};"
+                " give one that it runs, or more time to the machine"
+            ) from None
         for one in tried:
             one.seconds = seconds[one.method]
             one.speedup = speedup(seconds[""], one.seconds)

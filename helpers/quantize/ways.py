@@ -18,13 +18,15 @@ BLOCKS = (32, 128)  # numbers of a column that share a scale, in 4 bits
 
 
 class Way(NamedTuple):
-    """A way to make a graph: its name, what writes a file with some of the layers rounded, the
-    layers that it can round, and whether it rounds `more`, which stays rounded."""
+    """A way to make a graph: its name, what writes a file of a prepared graph with some of the
+    layers rounded, and the layers that it can round; whether it rounds `more`, and whether the
+    graph may be smoothed first."""
 
     name: str
-    make: Callable[[Path, Sequence[Layer]], None]
+    make: Callable[[Path, Path, Sequence[Layer]], None]
     layers: list[Layer]
     more: bool = False
+    smooth: bool = False
 
 
 def ways(
@@ -34,18 +36,18 @@ def ways(
     products = [layer for layer in layers if layer.operator == "MatMul"]
     if bits == 4:
         for block in BLOCKS:
-            make = partial(cpu.in_blocks, base, bits, block)
+            make = partial(cpu.in_blocks, bits=bits, block=block)
             if target == "openvino":
-                make = partial(openvino.weights, base, bits, block, products)
+                make = partial(openvino.weights, every=products, bits=bits, block=block)
             yield Way(f"weights in blocks of {block}", make, products)
         return
     if target == "cpu":
-        yield Way("dynamic", partial(cpu.dynamically, base), [*layers])
+        yield Way("dynamic", cpu.dynamically, [*layers], smooth=True)
         yield from _by_calibration(base, products, "static", samples)
         return
-    yield Way("weights", partial(openvino.weights, base, bits, 0, products), products)
+    yield Way("weights", partial(openvino.weights, every=products, bits=8, block=0), products)
     if samples.calibration:
-        make = partial(openvino.statically, base, samples.calibration, products)
+        make = partial(openvino.statically, every=products, samples=samples.calibration)
         yield Way("static, by NNCF", make, products)
     yield from _by_calibration(base, products, "static, by ONNX Runtime", samples)
 
@@ -57,12 +59,13 @@ def _by_calibration(
     there are convolutions these too."""
     if not (samples.calibration and products):
         return
-    yield Way(name, partial(cpu.statically, base, samples.calibration, ()), products)
+    make = partial(cpu.statically, samples=samples.calibration)
+    yield Way(name, make, products, smooth=True)
     convolutions = [
         node.name
         for node in ir.load(base).graph
         if graph.operator(node) == "Conv" and node.inputs[1].is_initializer()
     ]
     if convolutions:
-        make = partial(cpu.statically, base, samples.calibration, convolutions)
+        make = partial(make, convolutions=convolutions)
         yield Way(f"{name}, convolutions too", make, products, more=True)
