@@ -121,6 +121,21 @@ def test_layers_of_all_kinds_are_found_and_reached(tmp_path):
         assert 0 < np.abs(before - after).std() < 0.1 * before.std()
 
 
+def test_attention_without_a_bias(tmp_path):
+    """ONNX Runtime's tool takes it for granted."""
+
+    def build(g: Graph, wrong: str) -> None:
+        x, joined = g.given("x", np.float32, "batch", "length", WIDTH), g.weight("w", WIDTH, 48)
+        g.gives("y", g.op("Attention", x, joined, domain=MICROSOFT, num_heads=HEADS), "b", "l", 16)
+
+    path = save(tmp_path / "in.onnx", build)
+    quantize.dynamic(path, tmp_path / "out.onnx")
+    assert operators(tmp_path / "out.onnx")[f"{MICROSOFT}.QAttention"] == 1
+    x = np.random.default_rng(0).normal(size=(2, 5, WIDTH)).astype(np.float32)
+    [before], [after] = run(path, x=x), run(tmp_path / "out.onnx", x=x)
+    assert 0 < np.abs(before - after).std() < 0.1 * before.std()
+
+
 def test_weights_have_seven_bits_and_a_scale_for_each_column(made, tmp_path):
     quantize.dynamic(made, tmp_path / "dynamic.onnx")
     weights = ir.load(tmp_path / "dynamic.onnx").graph.initializers
