@@ -1,5 +1,6 @@
 """How good what a contender computes is, against PyTorch in fp32."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from helpers import benchmark
 from helpers.contenders import Contender
 from helpers.figures.precision import models, sentences
 from helpers.figures.speed.models import Arrays, Model
+
+logger = logging.getLogger(__name__)
 
 SPEARMAN, ERROR = "Spearman", "error"  # what is measured: the first is better the higher
 
@@ -61,16 +64,19 @@ def _outputs(
     contenders: Sequence[Contender], cases: Mapping[str, Arrays], at_once: int
 ) -> tuple[dict[str, dict[str, Arrays]], dict[str, str]]:
     """The outputs of each who ran all cases, by label and case, and the reasons of the others."""
-    results = benchmark.run(contenders, cases, rounds=1, at_once=at_once, progress=len(cases) < 9)
-    reasons = {label: why for result in results.values() for label, why in result.reasons.items()}
-    ran = {
-        contender.label: {
-            case: dict(result.measured[contender.label].outputs) for case, result in results.items()
-        }
-        for contender in contenders
-        if contender.label not in reasons
-    }
-    return ran, reasons
+    ran: dict[str, dict[str, Arrays]] = {}
+    reasons = {one.label: one.reason for one in contenders if one.reason}
+    for start in range(0, len(contenders), at_once):
+        some = [one for one in contenders[start : start + at_once] if not one.reason]
+        if not some:
+            continue
+        results = benchmark.run(some, cases, rounds=1, at_once=at_once, progress=False)
+        for case, result in results.items():
+            reasons |= result.reasons
+            for label, measured in result.measured.items():
+                ran.setdefault(label, {})[case] = dict(measured.outputs)
+        logger.info(f"judged {min(start + at_once, len(contenders))} of {len(contenders)}")
+    return {label: own for label, own in ran.items() if label not in reasons}, reasons
 
 
 def _correlations(outputs: Mapping[str, Arrays]) -> list[float]:
