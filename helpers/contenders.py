@@ -44,6 +44,7 @@ LOOKS = {
     "unfused": Look("#E69F00", "s"),
     "stock": Look("#56B4E9", "^"),
     "static-int8": Look("#56B4E9", "^", filled=False),
+    "dynamic-int8": Look("#56B4E9", ">", filled=False),
     "onnxscript": Look("#0072B2", "v"),
     "transformers": Look("#0072B2", "<"),
     "opset23": Look("#009E73", "D"),
@@ -61,6 +62,8 @@ LOOKS = {
     "ours-int8-tensor": Look("#D55E00", "d", filled=False),
     "ours-openvino": Look("#D55E00", "D", filled=False),
     "ours-plugin": Look("#D55E00", "<", filled=False),
+    "ours-openvino-int8": Look("#D55E00", "8", filled=False),
+    "ours-plugin-int8": Look("#D55E00", "H", filled=False),
 }
 
 
@@ -203,7 +206,7 @@ def transformers(label: str, path: str | Path) -> Contender:
 
 
 def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
-    """What `helpers.fuse` makes of the graph at `path`, for ``"portable"`` or ``"cpu"``."""
+    """What `helpers.fuse` makes of the graph at `path` for `target`, on ONNX Runtime."""
 
     def make(draft: Path) -> None:
         from helpers import fuse
@@ -212,7 +215,31 @@ def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
         if not result.held:
             raise ValueError(f"expected parity, found {result}")
 
-    return _made(label, "ours", path, make)
+    return _made(label, "ours", path, make, "" if target == "cpu" else f"_{target}")
+
+
+def quantized(
+    label: str, path: str | Path, *, target: str = "cpu", inputs: str | Path | None = None
+) -> Contender:
+    """The graph at `path` in 8 bits, as `helpers.quantize` makes it for `target`, on ONNX Runtime.
+
+    `inputs` is the file of samples to calibrate on, if there is one.
+    """
+
+    def make(out: Path) -> None:
+        from helpers import quantize
+
+        result = quantize.quantize(path, out, target=target, inputs=inputs)
+        logger.info(f"{label}: {result}")
+        if not result.held:
+            chosen = result.chosen
+            raise ValueError(
+                f"expected an error of {result.bound:g} or less, found {chosen.error:.2f} at the"
+                f" least ({chosen.method})"
+            )
+
+    setting = f"_{target}_{'calibrated' if inputs else 'alone'}"
+    return _made(label, "ours-int8", path, make, setting)
 
 
 def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender:
@@ -229,6 +256,19 @@ def int8(label: str, path: str | Path, *, per_channel: bool = True) -> Contender
             quantize.dynamic(path, draft, per_channel=per_channel)
 
     return _made(label, "ours-int8" if per_channel else "ours-int8-tensor", path, make)
+
+
+def dynamic_int8(label: str, path: str | Path, **options: Any) -> Contender:
+    """The graph at `path` in dynamic 8 bits, on ONNX Runtime: what a plain call of its own
+    ``quantize_dynamic`` gives, whose defaults hold but for the `options`."""
+
+    def make(target: Path) -> None:
+        from onnxruntime import quantization
+
+        with files.writing(target) as draft:
+            quantization.quantize_dynamic(str(path), str(draft), **options)
+
+    return _made(label, "dynamic-int8", path, make, "".join(f"_{name}" for name in options))
 
 
 def static_int8(label: str, path: str | Path, feeds: Feeds, **options: Any) -> Contender:

@@ -13,6 +13,7 @@ import pytest
 
 import helpers
 from helpers import benchmark, contenders, files, graph
+from helpers.figures import cells
 from helpers.figures.speed import lineup, measuring
 from helpers.figures.speed import models as speed_models
 from helpers.figures.speed import table as tables
@@ -135,8 +136,8 @@ def test_merging_replaces_the_same_cells_only(tmp_path):
     before = path.read_text("utf-8")
     table = tables.merge(path, [row(ratio=0.5)])
     pd.testing.assert_frame_equal(table, tables.merge(path, []))
-    cells = [tuple(one) for one in table[tables.CELL].to_numpy()]
-    assert cells == [("bert", 128, 1), ("bert", 128, 8), ("bert", 512, 1), ("vit", 224, 1)]
+    found = [tuple(one) for one in table[cells.CELL].to_numpy()]
+    assert found == [("bert", 128, 1), ("bert", 128, 8), ("bert", 512, 1), ("vit", 224, 1)]
     assert list(table["ratio"][:3]) == [0.5, 1, 1]
     assert list(table["reason"]) == ["", "", "", "wrong: nan, it says"]
     assert [line for line in before.splitlines() if "bert,128,1" not in line] == [
@@ -157,7 +158,7 @@ def test_summary_of_known_numbers(tmp_path):
         "ours (torchscript, SDPA): geometric mean 0.250 over 1 cells, 1 of 1 at most 1.03",
         "the faster of ours: geometric mean 0.737 over 3 cells, 2 of 4 at most 1.03",
     ]
-    assert tables.mean([0.5, 2.0]) == pytest.approx(1)
+    assert cells.mean([0.5, 2.0]) == pytest.approx(1)
     shown = tables.by_model(table)
     assert "0.50 (0.49 to 0.51)" in shown
     assert "ours (dynamo, SDPA): wrong: differs by 1e-02" in shown
@@ -212,12 +213,12 @@ def test_who_is_slow_is_timed_in_the_first_rounds_alone(monkeypatch):
 
 def test_what_is_shown_is_that_of_the_measurements(tmp_path):
     """The README's table and the picture are made of the csv, which has every cell."""
-    (tmp_path / "speed.csv").write_bytes((tables.ASSETS / "speed.csv").read_bytes())
+    (tmp_path / "speed.csv").write_bytes((cells.ASSETS / "speed.csv").read_bytes())
     table = tables.merge(tmp_path / "speed.csv", [])
     both = {name: 2 * len(model.lengths) for name, model in speed_models.MODELS.items()}
-    assert table[tables.CELL].drop_duplicates()["model"].value_counts().to_dict() == both
-    readme = (tables.ASSETS.parent / "README.md").read_text(encoding="utf-8")
+    assert table[cells.CELL].drop_duplicates()["model"].value_counts().to_dict() == both
+    readme = (cells.ASSETS.parent / "README.md").read_text(encoding="utf-8")
     assert tables.page(table) in readme
     tables.draw(table, tmp_path / "again.svg")
-    committed = (tables.ASSETS / "speed.svg").read_bytes()
+    committed = (cells.ASSETS / "speed.svg").read_bytes()
     assert (tmp_path / "again.svg").read_bytes() == committed

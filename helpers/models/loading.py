@@ -284,9 +284,15 @@ def runner(
 
 
 def pytorch(
-    name: str, *, compiled: bool = False, bf16: str = "", **options: Any
+    name: str,
+    *,
+    compiled: bool = False,
+    bf16: str = "",
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """`runner` of the model that `load` gives, in a benchmark's own process.
+    """`runner` of the model that `load` gives, in a benchmark's own process; with `config`, of the
+    one that `stand_in` does.
 
     With `compiled`, by ``torch.compile``, which needs a C++ compiler and compiles as it first runs.
     `bf16` is "autocast", which keeps what loses most in float32 and casts weights in each run, or
@@ -296,10 +302,10 @@ def pytorch(
 
     if bf16 not in ("", "autocast", "weights"):
         raise ValueError(f'bf16: expected "autocast" or "weights", found {bf16}')
-    model = load(name, **options).model
+    made = load(name, **options).model if config is None else stand_in(name, config, **options)
     if bf16 == "weights":
-        model = model.to(torch.bfloat16)
-    run = runner(torch.compile(model) if compiled else model, autocast=bf16 == "autocast")
+        made = made.to(torch.bfloat16)
+    run = runner(torch.compile(made) if compiled else made, autocast=bf16 == "autocast")
     run.precision = "bf16" if bf16 else "fp32"  # what is asked of PyTorch is what it does
     return run
 

@@ -1,5 +1,6 @@
 """Who takes part in a cell: the exports, the other optimizers at their best, and ours."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,16 +33,28 @@ def export_all(
     return paths, failed
 
 
-def prepare(
-    model: Model, lengths: Sequence[int], folder: Path, ours: Sequence[str]
-) -> list[Contender]:
-    """All contenders for `lengths` (one alone, where those are fixed), their files in `folder`.
+@dataclasses.dataclass(frozen=True)
+class Exports:
+    """What the contenders are made of: the file of each export, the reasons of those that failed,
+    by file, and who keeps the contenders that compute what the module does."""
 
-    `ours` are the routes whose graphs `helpers.fuse` is given. Who cannot be made or does not hold
-    parity has a reason.
-    """
-    config = {**model.config, **(model.fixed(lengths[0]) if model.fixed else {})}
-    module = models.stand_in(model.model, config)
+    paths: Mapping[Export, Path]
+    failed: Mapping[Path, str]
+    judge: Callable[[Contender], Contender]
+
+    def judged(
+        self, make: Callable[[str, Path], Contender], label: str, kind: str, export: Export
+    ) -> Contender:
+        """The contender that `make` makes of an export, with a reason where there is none."""
+        source = self.paths[export]
+        if source in self.failed:
+            return Contender(label, kind, reason=self.failed[source])
+        return self.judge(make(label, source))
+
+
+def exports(model: Model, lengths: Sequence[int], folder: Path) -> Exports:
+    """The exports of `model` in `folder`, for `lengths` (one alone, where those are fixed)."""
+    module = model.module(lengths[0])
     example = model.inputs(2, lengths[0] if model.fixed else min(lengths))
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
     paths, failed = export_all(module, tensors, folder)
@@ -53,25 +66,36 @@ def prepare(
         longest = model.inputs(2, max(lengths))
         masks = {name: array != 0 for name, array in longest.items() if name == "attention_mask"}
         inferred.append(feeds.Feed("longest", longest, masks))
-    judge = Judge(module, inferred, description, exported[0])
+    return Exports(paths, failed, Judge(module, inferred, description, exported[0]))
 
-    def judged(make: Callable[..., Contender], label: str, kind: str, exported: Export):
-        source = paths[exported]
-        if source in failed:
-            return Contender(label, kind, reason=failed[source])
-        return judge(make(label, source))
 
+def public(model: Model, made: Exports) -> list[Contender]:
+    """What public tools make for ONNX Runtime, in fp32."""
     unfused = functools.partial(contenders.onnx, kind="unfused")
     as_exported = functools.partial(contenders.onnx, kind="opset23")
     return [
-        judged(unfused, "unfused (torchscript, SDPA)", "unfused", SDPA),
-        judged(unfused, "unfused (dynamo, SDPA)", "unfused", DYNAMO),
-        best_stock(model, paths, failed, judge),
-        judged(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", DYNAMO),
-        judged(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", DYNAMO),
-        judged(as_exported, "opset 23 as exported (SDPA)", "opset23", OPSET23),
+        made.judged(unfused, "unfused (torchscript, SDPA)", "unfused", SDPA),
+        made.judged(unfused, "unfused (dynamo, SDPA)", "unfused", DYNAMO),
+        best_stock(model, made.paths, made.failed, made.judge),
+        made.judged(contenders.onnxscript, "onnxscript (dynamo, SDPA)", "onnxscript", DYNAMO),
+        made.judged(contenders.transformers, "transformers (dynamo, SDPA)", "transformers", DYNAMO),
+        made.judged(as_exported, "opset 23 as exported (SDPA)", "opset23", OPSET23),
+    ]
+
+
+def prepare(
+    model: Model, lengths: Sequence[int], folder: Path, ours: Sequence[str]
+) -> list[Contender]:
+    """All contenders for `lengths` (one alone, where those are fixed), their files in `folder`.
+
+    `ours` are the routes whose graphs `helpers.fuse` is given. Who cannot be made or does not hold
+    parity has a reason.
+    """
+    made = exports(model, lengths, folder)
+    return [
+        *public(model, made),
         *(
-            judged(contenders.fused, f"ours ({route}, SDPA)", "ours", (route, "sdpa"))
+            made.judged(contenders.fused, f"ours ({route}, SDPA)", "ours", (route, "sdpa"))
             for route in ours
         ),
     ]

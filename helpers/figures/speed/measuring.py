@@ -26,10 +26,11 @@ import psutil
 from helpers import benchmark
 from helpers.contenders import Contender
 from helpers.figures import page
+from helpers.figures.cells import ASSETS
 from helpers.figures.speed import table
 from helpers.figures.speed.lineup import prepare
 from helpers.figures.speed.models import MODELS, Arrays
-from helpers.figures.speed.table import ASSETS, ROUTE_LOOKS
+from helpers.figures.speed.table import ROUTE_LOOKS
 from helpers.quiet import progress_on
 
 CLOSE = 1.15  # who is surely slower than this after the first rounds is not timed in the later
@@ -64,8 +65,7 @@ def measure(
     # The first is in each group, if they need several: groups are compared by it.
     kept.sort(key=lambda contender: contender.label != best)
     if kept:
-        peak = max(first.measured[contender.label].peak for contender in kept)
-        size = int(max(2, min(len(kept), 0.8 * psutil.virtual_memory().available // peak)))
+        size = at_most_together(first, kept)
         later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
         rows = {label: row for label, row in rows.items() if label not in later.reasons}
         rows |= {label: (*ratio, rounds) for label, ratio in ratios(later)[1].items()}
@@ -77,6 +77,13 @@ def measure(
         | {"reason": reasons.get(contender.label, "")}
         for contender in contenders
     ]
+
+
+def at_most_together(first: benchmark.Result, kept: Sequence[Contender]) -> int:
+    """How many of those that are `kept` may be in memory, by what they took in the `first` rounds:
+    two or more."""
+    peak = max(first.measured[contender.label].peak for contender in kept)
+    return int(max(2, min(len(kept), 0.8 * psutil.virtual_memory().available // peak)))
 
 
 def ratios(result: benchmark.Result) -> tuple[str, dict[str, benchmark.Speedup]]:

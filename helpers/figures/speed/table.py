@@ -10,19 +10,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers import files
+from helpers.figures import cells
+from helpers.figures.cells import CELL, mean
 from helpers.figures.speed.models import MODELS
-
-ASSETS = Path(__file__).parents[3] / "assets"
 
 LIMIT = 1.03  # the ratio to stay below in every cell
 
-CELL = ["model", "length", "batch"]
-
-NONE = {"ratio": "", "low": "", "high": ""}  # how it is written that there is none
-
 TYPES = {"model": str, "length": int, "batch": int, "contender": str, "kind": str}
 TYPES |= {"ratio": float, "low": float, "high": float, "rounds": int, "reason": str}
-COLUMNS = list(TYPES)
 ROUTE_LOOKS = {
     "torchscript": ("#D55E00", "P"),
     "dynamo": ("#0072B2", "o"),
@@ -32,28 +27,10 @@ ROUTE_LOOKS = {
 
 def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Put `rows` into the table at `path`, where they replace those of the same cells."""
-    table = pd.DataFrame(rows, columns=COLUMNS).astype(TYPES)
-    if path.is_file():
-        old = pd.read_csv(path, keep_default_na=False, na_values=NONE).astype(TYPES)
-        again = set(table[CELL].itertuples(index=False, name=None))
-        keep = [cell not in again for cell in old[CELL].itertuples(index=False, name=None)]
-        table = pd.concat([old[keep], table])
-    order = {name: place for place, name in enumerate(MODELS)}
-    places = [table["batch"], table["length"], table["model"].map(order)]  # the last one first
-    table = table.iloc[np.lexsort(places)].reset_index(drop=True)
-    table = table.round({"ratio": 4, "low": 4, "high": 4})
-    with files.replacing(path) as draft:
-        table.to_csv(draft, index=False)
-    return table
-
-
-def cells(table: pd.DataFrame) -> dict[tuple[str, int, int], str]:
-    """Each cell of `table` in words."""
-    rows = table[CELL].drop_duplicates().itertuples(index=False, name=None)
-    return {
-        (name, length, batch): f"{name}, {length} {MODELS[name].unit}, batch {batch}"
-        for name, length, batch in rows
-    }
+    rounded = [
+        row | {name: round(row[name], 4) for name in ("ratio", "low", "high")} for row in rows
+    ]
+    return cells.merge(path, rounded, TYPES, MODELS)
 
 
 def by_model(table: pd.DataFrame) -> str:
@@ -81,14 +58,9 @@ def by_model(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def mean(ratios: Sequence[float] | np.ndarray) -> float:
-    """The geometric mean."""
-    return float(np.exp(np.mean(np.log(ratios))))
-
-
 def summary(table: pd.DataFrame) -> str:
     """For each of ours the geometric mean of its ratios over all cells, and the cells it misses."""
-    names, lines = cells(table), []
+    names, lines = cells.names(table, MODELS), []
     ours = table[table["kind"] == "ours"]
     for label, rows in ours.groupby("contender", sort=False):
         timed = rows.dropna(subset="ratio")
@@ -121,7 +93,7 @@ def summary(table: pd.DataFrame) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """A row for each cell: the ratios of ours, by their label, and who was the fastest other."""
-    names = cells(table)
+    names = cells.names(table, MODELS)
     ours = list(table[table["kind"] == "ours"]["contender"].unique())
     lines = [f"| {' | '.join(['cell', *ours, 'the fastest of the others'])} |"]
     lines.append("| --- " * (len(ours) + 2) + "|")
@@ -145,7 +117,7 @@ def page(table: pd.DataFrame) -> str:
 
 def draw(table: pd.DataFrame, path: Path) -> Figure:
     """Ours in each cell, as dots with their intervals; the same bytes for the same table."""
-    names = cells(table)
+    names = cells.names(table, MODELS)
     places = {cell: row for row, cell in enumerate(names)}
     ours = table[(table["kind"] == "ours") & table["ratio"].notna()]
     with matplotlib.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none"}):

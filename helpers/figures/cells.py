@@ -1,0 +1,55 @@
+"""Tables of what was measured cell by cell (model, length, batch), kept in a CSV."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers import files
+from helpers.figures.speed.models import Model
+
+ASSETS = Path(__file__).parents[2] / "assets"
+
+CELL = ["model", "length", "batch"]
+
+Types = Mapping[str, type]  # of each column, by name
+Models = Mapping[str, Model]
+
+
+def merge(
+    path: Path, rows: Sequence[Mapping[str, Any]], types: Types, models: Models
+) -> pd.DataFrame:
+    """Put `rows` into the table at `path`, where they replace those of the same cells.
+
+    The cells are in the order of `models`, by length and batch.
+    """
+    table = pd.DataFrame(rows, columns=list(types)).astype(types)
+    floats = [name for name, kind in types.items() if kind is float]
+    if path.is_file():
+        none = dict.fromkeys(floats, "")  # how it is written that there is no number
+        old = pd.read_csv(path, keep_default_na=False, na_values=none).astype(types)
+        again = set(table[CELL].itertuples(index=False, name=None))
+        keep = [cell not in again for cell in old[CELL].itertuples(index=False, name=None)]
+        table = pd.concat([old[keep], table])
+    order = {name: place for place, name in enumerate(models)}
+    places = [table["batch"], table["length"], table["model"].map(order)]  # the last one first
+    table = table.iloc[np.lexsort(places)].reset_index(drop=True)
+    with files.replacing(path) as draft:
+        table.to_csv(draft, index=False)
+    return table
+
+
+def names(table: pd.DataFrame, models: Models) -> dict[tuple[str, int, int], str]:
+    """Each cell of `table` in words."""
+    rows = table[CELL].drop_duplicates().itertuples(index=False, name=None)
+    return {
+        (name, length, batch): f"{name}, {length} {models[name].unit}, batch {batch}"
+        for name, length, batch in rows
+    }
+
+
+def mean(ratios: Sequence[float] | np.ndarray) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.mean(np.log(ratios))))

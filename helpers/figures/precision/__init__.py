@@ -1,0 +1,1 @@
+"""Which precision, on which provider? The table of speed and quality."""

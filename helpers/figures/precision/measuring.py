@@ -1,0 +1,209 @@
+"""Which precision, on which provider? The best of ours over the best of theirs at equal quality.
+
+``python -m helpers.figures.precision.measuring [--models minilm] [--lengths 64] [--batches 1]``
+
+all-MiniLM-L6-v2 with its published weights, and stand-ins of base size, two lengths, batch 1 and 8.
+In each *cell* (model, length, batch) take part: PyTorch, ONNX Runtime, OpenVINO and its plugin,
+with what public tools make, in fp32, bf16 and 8 bits, and what `helpers.fuse` and
+`helpers.quantize` make. A *ratio* is the time of one over that of PyTorch eager in fp32, paired by
+round. *Quality* is Spearman's correlation on the sentence pairs of notebook 02, the lower of
+padding on the right and on the left; for stand-ins the error against PyTorch in fp32, in standard
+deviations of the output, on the worst feed.
+
+It may be run in parts. A cell that is measured again replaces its rows in assets/precision.csv; the
+picture and the page of results are made of all cells there. Files go to a temporary folder, up to
+15 GB for one model.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers import benchmark
+from helpers.contenders import Contender
+from helpers.figures import page
+from helpers.figures.cells import ASSETS
+from helpers.figures.precision import drawing, lineup, quality, table
+from helpers.figures.precision.models import MODELS
+from helpers.figures.speed.measuring import at_most_together
+from helpers.figures.speed.models import Arrays
+from helpers.quiet import progress_on
+
+CLOSE = 1.3  # who is slower than so many times the fastest of its side is not timed in the later
+FIRST = 3  # rounds in which all take part
+
+LineUp = Mapping[str, Sequence[Contender]]  # "theirs", the reference first, and "ours"
+
+
+# ── One cell ────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    those: LineUp,
+    qualities: Mapping[str, quality.Quality],
+    arrays: Arrays,
+    name: str,
+    rounds: int,
+    at_once: int,
+) -> list[dict[str, Any]]:
+    """A row for each contender on `arrays`: its ratio to the first, or its reason.
+
+    All take part in the first rounds, `at_once` models in memory. Those that may be the best at
+    equal quality are then timed in `rounds` more, the best of theirs twice, together if memory
+    allows. Who was too slow keeps the ratio of the first rounds.
+    """
+    every = [*those["theirs"], *those["ours"]]
+    ours = {contender.label for contender in those["ours"]}
+    first = benchmark.run(every, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
+    print(first.conditions, flush=True)
+    rows = _rows(first, qualities, ours)
+    labels = close(list(rows.values()))
+    kept = [one for one in every if one.label in labels or one is every[0]]
+    kept = [one for one in kept if not rows[one.label]["reason"]]
+    if len(kept) > 1:
+        twin = table.fastest(table.able([*rows.values()], ours=False))
+        again = {one.label: one for one in kept}.get(twin["contender"] if twin else "")
+        size = at_most_together(first, kept) + 1
+        if again:
+            label = again.label + table.AGAIN
+            qualities = {**qualities, label: qualities[again.label]}
+            kept.append(dataclasses.replace(again, label=label))
+        later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
+        rows |= _rows(later, qualities, ours)
+    return [*rows.values()]
+
+
+def close(rows: Sequence[table.Row]) -> set[str]:
+    """Who may be the fastest at equal quality: of theirs those near the fastest, and for each of
+    them, of ours that are as good those near the fastest; and near the fastest of ours."""
+    theirs = near(table.able(rows, ours=False))
+    ours = near(table.able(rows, ours=True))
+    for row in theirs:
+        ours += near(table.as_good(rows, row))
+    return {row["contender"] for row in [*theirs, *ours]}
+
+
+def near(rows: Sequence[table.Row]) -> list[table.Row]:
+    best = table.fastest(rows)
+    return [row for row in rows if row["ratio"] <= CLOSE * best["ratio"]]
+
+
+def _rows(
+    result: benchmark.Result, qualities: Mapping[str, quality.Quality], ours: set[str]
+) -> dict[str, dict[str, Any]]:
+    """The rows of the table that `result` gives, by label."""
+    processor = f"{benchmark.processor()} ({benchmark.instruction_sets()})"
+    rows = {}
+    for contender in result.contenders:
+        label, measured = contender.label, result.measured.get(contender.label)
+        relative = measured.relative if measured else np.array([])
+        if not np.isfinite(relative).all():
+            relative = relative[:0]
+        ratio = benchmark.Speedup(np.nan, np.nan, np.nan)
+        if relative.size:
+            ratio = benchmark.speedup(relative, np.ones_like(relative))
+        told = result.row(label)
+        judged = qualities.get(label, quality.NONE)
+        rows[label] = {
+            "contender": label,
+            "kind": contender.kind,
+            "ours": "yes" if label in ours else "no",
+            "precision": told["precision"],
+            "handed back": told.get("handed back", ""),
+            "measure": judged.measure,
+            "quality": judged.value,
+            "difference": judged.difference,
+            "ratio": ratio.median,
+            "low": ratio.low,
+            "high": ratio.high,
+            "rounds": relative.size,
+            "ratios": " ".join(f"{one:.4g}" for one in relative),
+            "reason": result.reasons.get(label, ""),
+            "processor": processor,
+        }
+    return rows
+
+
+# ── The command ─────────────────────────────────────────────────────────────────────────────────
+
+
+def precision(
+    name: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    *,
+    rounds: int,
+    at_once: int,
+    path: Path,
+) -> None:
+    """Measure the cells of one model, each put into the table at `path` when it is done."""
+    model = MODELS[name]
+    for some in [[length] for length in lengths] if model.fixed else [list(lengths)]:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"preparing {name}, {', '.join(map(str, some))} {model.unit} …", flush=True)
+            those = lineup.prepare(model, some, Path(folder))
+            every = [*those["theirs"], *those["ours"]]
+            for contender in every:
+                print(f"  {contender.label}: {contender.reason or 'ready'}", flush=True)
+            print(f"judging {len(every)} contenders …", flush=True)
+            qualities, failed = quality.judge(model, some, every, at_once)
+            those = {side: without(failed, own) for side, own in those.items()}
+            for length in some:
+                for batch in batches:
+                    cell = {"model": name, "length": length, "batch": batch}
+                    case = f"{name}, {length} {model.unit}, batch {batch}"
+                    inputs = model.inputs(batch, length)
+                    rows = measure(those, qualities[length], inputs, case, rounds, at_once)
+                    rows = [cell | row for row in rows]
+                    table.merge(path, rows)
+                    print("\n".join(table.decision(rows)), flush=True)
+
+
+def without(failed: Mapping[str, str], those: Sequence[Contender]) -> list[Contender]:
+    """The contenders, with the reasons of those that have `failed`."""
+    return [dataclasses.replace(one, reason=failed.get(one.label, one.reason)) for one in those]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several = {"nargs": "+", "metavar": "N", "type": int}
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=10, metavar="N")
+    parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
+    parser.add_argument("--batches", **several, default=[1, 8])
+    parser.add_argument(
+        "--at-once", type=int, default=7, metavar="N", help="models in memory in the first rounds"
+    )
+    parser.add_argument("--csv", type=Path, default=ASSETS / "precision.csv")
+    parser.add_argument("--only-show", action="store_true", help="measure nothing")
+    given = parser.parse_args(arguments)
+    if given.only_show and not given.csv.is_file():
+        parser.error(f"{given.csv}: expected the table of a measurement, found no file")
+    for name in () if given.only_show else given.models:
+        precision(
+            name,
+            given.lengths or MODELS[name].lengths,
+            given.batches,
+            rounds=given.rounds,
+            at_once=given.at_once,
+            path=given.csv,
+        )
+    rows = table.merge(given.csv, [])
+    print(table.lines(rows))
+    print(table.summary(rows))
+    drawing.draw(rows, given.csv.with_suffix(".svg"))
+    if given.csv == ASSETS / "precision.csv":
+        page.put(ASSETS / "results.md", "precision", table.page(rows))
+
+
+if __name__ == "__main__":
+    with progress_on(sys.stderr):
+        main()
