@@ -1,4 +1,4 @@
-"""Tables of what was measured cell by cell (model, length, batch), kept in a CSV."""
+"""Tables of what was measured cell by cell (model, length, batch, say), kept in a CSV."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,6 @@ from helpers import files
 from helpers.figures.speed.models import Model
 
 ASSETS = Path(__file__).parents[2] / "assets"
-
 CELL = ["model", "length", "batch"]
 
 Types = Mapping[str, type]  # of each column, by name
@@ -19,23 +18,31 @@ Models = Mapping[str, Model]
 
 
 def merge(
-    path: Path, rows: Sequence[Mapping[str, Any]], types: Types, models: Models
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    types: Types,
+    models: Models | None = None,
+    cell: Sequence[str] = CELL,
 ) -> pd.DataFrame:
-    """Put `rows` into the table at `path`, where they replace those of the same cells.
+    """Put `rows` into the table at `path`, where they replace those of the same cells, which are
+    the same in the columns of `cell`.
 
-    The cells are in the order of `models`, by length and batch.
+    The cells are in the order of these, and of `models`.
     """
     table = pd.DataFrame(rows, columns=list(types)).astype(types)
     floats = [name for name, kind in types.items() if kind is float]
     if path.is_file():
         none = dict.fromkeys(floats, "")  # how it is written that there is no number
         old = pd.read_csv(path, keep_default_na=False, na_values=none).astype(types)
-        again = set(table[CELL].itertuples(index=False, name=None))
-        keep = [cell not in again for cell in old[CELL].itertuples(index=False, name=None)]
+        again = set(table[[*cell]].itertuples(index=False, name=None))
+        keep = [one not in again for one in old[[*cell]].itertuples(index=False, name=None)]
         table = pd.concat([old[keep], table])
-    order = {name: place for place, name in enumerate(models)}
-    places = [table["batch"], table["length"], table["model"].map(order)]  # the last one first
-    table = table.iloc[np.lexsort(places)].reset_index(drop=True)
+    order = {name: place for place, name in enumerate(models or ())}
+
+    def places(column: pd.Series) -> pd.Series:
+        return column.map(order) if column.name == "model" else column
+
+    table = table.sort_values([*cell], key=places, kind="stable").reset_index(drop=True)
     with files.replacing(path) as draft:
         table.to_csv(draft, index=False)
     return table

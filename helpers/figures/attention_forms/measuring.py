@@ -25,7 +25,8 @@ from helpers import benchmark, contenders, quantize
 from helpers.contenders import Contender
 from helpers.figures import page
 from helpers.figures.attention_forms import forms, table
-from helpers.figures.attention_forms.table import ASSETS, PROVIDERS
+from helpers.figures.attention_forms.table import PROVIDERS
+from helpers.figures.cells import ASSETS
 from helpers.quiet import progress_on, quiet
 
 HEADS = 12

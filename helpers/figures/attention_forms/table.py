@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers import files
+from helpers.figures import cells
 from helpers.figures.attention_forms.forms import FORMS, STANDARD
 
-ASSETS = Path(__file__).parents[3] / "assets"
 PROVIDERS = {"cpu": "ONNX Runtime, products in 8 bits", "plugin": "OpenVINO's plugin as it comes"}
 
 CELL = ["provider", "masked", "width", "length", "batch"]
 TYPES = {"provider": str, "masked": bool, "width": int, "length": int, "batch": int}
 TYPES |= {"form": str, "median": float, "low": float, "high": float, "rounds": int}
 TYPES |= {"processor": str, "reason": str}
-NONE = {"median": "", "low": "", "high": ""}  # how it is written that there is none
+FIGURES = ("median", "low", "high")
 LOOKS = dict(  # Okabe and Ito's colours, and markers
     zip(
         FORMS,
@@ -34,17 +34,8 @@ LOOKS = dict(  # Okabe and Ito's colours, and markers
 
 def merge(path: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Put `rows` into the table at `path`, where they replace those of the same cells."""
-    table = pd.DataFrame(rows, columns=list(TYPES)).astype(TYPES)
-    if path.is_file():
-        old = pd.read_csv(path, keep_default_na=False, na_values=NONE).astype(TYPES)
-        again = set(table[CELL].itertuples(index=False, name=None))
-        keep = [cell not in again for cell in old[CELL].itertuples(index=False, name=None)]
-        table = pd.concat([old[keep], table])
-    table = table.sort_values(CELL, kind="stable").reset_index(drop=True)
-    table = table.round({"median": 3, "low": 3, "high": 3})
-    with files.replacing(path) as draft:
-        table.to_csv(draft, index=False)
-    return table
+    rounded = [row | {name: round(row[name], 3) for name in FIGURES} for row in rows]
+    return cells.merge(path, rounded, TYPES, cell=CELL)
 
 
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
@@ -77,8 +68,6 @@ def text(table: pd.DataFrame) -> str:
 def page(table: pd.DataFrame) -> str:
     """The section of the page of results."""
     parts = [
-        "## Attention in each of its forms",
-        "",
         f"![For each provider, mask and width of a head, how much faster each form of attention is"
         f" than {STANDARD}, by length and batch; the table below has the figures]"
         "(attention_forms.svg)",
@@ -111,9 +100,9 @@ def draw(table: pd.DataFrame, path: Path) -> Figure:
         figure = Figure(figsize=(9, 1 + 2.6 * len(panels)), layout="constrained")
         every = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, ((provider, masked), rows) in zip(every, panels, strict=True):
-            cells = [*rows[["width", "batch", "length"]].drop_duplicates().itertuples(index=False)]
-            cells.sort()
-            places = {tuple(cell): place for place, cell in enumerate(cells)}
+            sizes = [*rows[["width", "batch", "length"]].drop_duplicates().itertuples(index=False)]
+            sizes.sort()
+            places = {tuple(cell): place for place, cell in enumerate(sizes)}
             axes.axhline(1, color="black", linewidth=1)
             for form, (colour, marker) in LOOKS.items():
                 of_form = rows[(rows["form"] == form) & rows["median"].notna()]
@@ -123,7 +112,7 @@ def draw(table: pd.DataFrame, path: Path) -> Figure:
                 x = [places[key] for key in keys]
                 axes.vlines(x, of_form["low"], of_form["high"], color=colour, linewidth=1)
                 axes.plot(x, of_form["median"], marker, color=colour, markersize=5, label=form)
-            axes.set_xticks(range(len(cells)), [f"{b}×{s}\nD {w}" for w, b, s in cells], fontsize=6)
+            axes.set_xticks(range(len(sizes)), [f"{b}×{s}\nD {w}" for w, b, s in sizes], fontsize=6)
             axes.set_yscale("log", base=2)
             axes.set_title(
                 f"{PROVIDERS[provider]}, {'masked' if masked else 'no mask'}", fontsize=9
