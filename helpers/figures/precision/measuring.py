@@ -61,11 +61,7 @@ def measure(
     """
     every = [*those["theirs"], *those["ours"]]
     ours = {contender.label for contender in those["ours"]}
-    alone = benchmark.run(every[:1], {name: arrays}, rounds=1, progress=False)[name]
-    if alone.reasons:
-        raise RuntimeError(f"{name}: {alone.reasons}")
-    [seconds] = alone.measured[every[0].label].seconds
-    repeats = int(np.clip(TURN / seconds, 1, REPEATS))
+    repeats = repeats_of(every[0], arrays, name)
     first = benchmark.run(every, {name: arrays}, rounds=FIRST, repeats=repeats, at_once=at_once)[
         name
     ]
@@ -87,6 +83,15 @@ def measure(
         ]
         rows |= _rows(later, qualities, ours)
     return [*rows.values()]
+
+
+def repeats_of(reference: Contender, arrays: Arrays, name: str) -> int:
+    """How often each runs in one turn: a short run alone differs much from the next."""
+    alone = benchmark.run([reference], {name: arrays}, rounds=1, progress=False)[name]
+    if alone.reasons:
+        raise RuntimeError(f"{name}: {alone.reasons}")
+    [seconds] = alone.measured[reference.label].seconds
+    return int(np.clip(TURN / seconds, 1, REPEATS))
 
 
 def close(rows: Sequence[table.Row]) -> set[str]:
