@@ -62,6 +62,8 @@ def _panel(axes: Axes, rows: pd.DataFrame, name: str) -> None:
     if correlation:
         axes.set_xlabel("loss of Spearman's correlation")
         axes.set_xscale("symlog", linthresh=LOSS)
+        axes.set_xticks([-0.01, 0, LOSS, 0.1], ["-0.01", "0", f"{LOSS}", "0.1"])
+        axes.margins(x=0.1)
     else:
         axes.set_xlabel("error, of the output's spread")
         axes.set_xscale("log")

@@ -37,6 +37,7 @@ from helpers.quiet import progress_on
 
 CLOSE = 1.3  # who is slower than so many times the fastest of its side is not timed in the later
 FIRST = 3  # rounds in which all take part
+TURN, REPEATS = 0.3, 15  # seconds of PyTorch eager in a turn, about, and its runs at the most
 
 LineUp = Mapping[str, Sequence[Contender]]  # "theirs", the reference first, and "ours"
 
@@ -60,7 +61,10 @@ def measure(
     """
     every = [*those["theirs"], *those["ours"]]
     ours = {contender.label for contender in those["ours"]}
-    first = benchmark.run(every, {name: arrays}, rounds=FIRST, at_once=at_once)[name]
+    repeats = repeats_of(every[0], arrays, name)
+    first = benchmark.run(every, {name: arrays}, rounds=FIRST, repeats=repeats, at_once=at_once)[
+        name
+    ]
     print(first.conditions, flush=True)
     rows = _rows(first, qualities, ours)
     labels = close(list(rows.values()))
@@ -74,9 +78,20 @@ def measure(
             label = again.label + table.AGAIN
             qualities = {**qualities, label: qualities[again.label]}
             kept.append(dataclasses.replace(again, label=label))
-        later = benchmark.run(kept, {name: arrays}, rounds=rounds, at_once=size)[name]
+        later = benchmark.run(kept, {name: arrays}, rounds=rounds, repeats=repeats, at_once=size)[
+            name
+        ]
         rows |= _rows(later, qualities, ours)
     return [*rows.values()]
+
+
+def repeats_of(reference: Contender, arrays: Arrays, name: str) -> int:
+    """How often each runs in one turn: a short run alone differs much from the next."""
+    alone = benchmark.run([reference], {name: arrays}, rounds=1, progress=False)[name]
+    if alone.reasons:
+        raise RuntimeError(f"{name}: {alone.reasons}")
+    [seconds] = alone.measured[reference.label].seconds
+    return int(np.clip(TURN / seconds, 1, REPEATS))
 
 
 def close(rows: Sequence[table.Row]) -> set[str]:
