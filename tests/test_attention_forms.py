@@ -35,7 +35,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     """Cells that are measured again replace their rows, and the rest stays."""
     two = {form: forms.FORMS[form] for form in (forms.STANDARD, "MultiHeadAttention")}
     monkeypatch.setattr(forms, "FORMS", two)
-    monkeypatch.setattr(measuring, "QUICK", 1e-4)
     csv = tmp_path / "forms.csv"
     command = ["--providers", "cpu", "--widths", "8", "--batches", "1", "--rounds", "2"]
     command += ["--csv", str(csv)]

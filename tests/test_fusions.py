@@ -133,15 +133,15 @@ def test_heads_that_are_read_otherwise_too(tmp_path):
 def test_many_keys_are_for_multi_head_attention(tmp_path):
     text = """(float[1,KEYS,8] q) => (float[1,KEYS,8] y)
     { y = Attention <scale = 0.7, q_num_heads = 2, kv_num_heads = 2> (q, q, q) }"""
-    few, many = (made(text.replace("KEYS", str(keys))) for keys in (1023, 1024))
+    few, many = (made(text.replace("KEYS", str(keys))) for keys in (511, 512))
     assert multi_head.use(few) == 0
     assert multi_head.use(many) == 1
-    before = made(text.replace("KEYS", "1024"))
-    check(before, many, tmp_path, q=(1, 1024, 8))
+    before = made(text.replace("KEYS", "512"))
+    check(before, many, tmp_path, q=(1, 512, 8))
 
 
 def test_a_bias_keeps_attention():
-    text = """(float[1,1024,8] q, float[1,1,1024,1024] b) => (float[1,1024,8] y)
+    text = """(float[1,512,8] q, float[1,1,512,512] b) => (float[1,512,8] y)
     { y = Attention <scale = 0.7, q_num_heads = 2, kv_num_heads = 2> (q, q, q, b) }"""
     assert multi_head.use(made(text)) == 0
 

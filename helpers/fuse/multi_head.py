@@ -2,11 +2,12 @@
 
     Attention (q_num_heads = kv_num_heads = N)    →    MultiHeadAttention (num_heads = N)
 
-The rule of target `cpu`: MultiHeadAttention where the graph fixes 1,024 keys or more and nothing is
+The rule of target `cpu`: MultiHeadAttention where the graph fixes 512 keys or more and nothing is
 added to the scores, Attention of the standard elsewhere. MultiHeadAttention works through the keys
-in blocks that fit the cache, which pays where there are many; with fewer, Attention on
-(B, S, N·D) was the faster one at every size tried, and with a bias it gives finite numbers in rows
-without a key, which MultiHeadAttention does not.
+in blocks that fit the cache, which pays where there are many: with 512 it is as fast for one sample
+and faster for eight, with fewer slower, for heads of 32 to 128 (assets/attention_forms.csv, by
+`helpers/figures/attention_forms`). With a bias, it gives no finite numbers in rows without a key,
+which Attention does.
 
 Follows ONNX Runtime's docs/ContribOperators.md.
 """
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from helpers import graph
 from helpers.graph.values import dim
 
-MANY = 1024  # keys
+MANY = 512  # keys
 OTHERS = {"is_causal", "qk_matmul_output_mode", "softcap", "softmax_precision"}
 
 

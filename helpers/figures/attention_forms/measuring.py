@@ -13,9 +13,10 @@ are made.
 
 import argparse
 import itertools
+import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from helpers.quiet import progress_on, quiet
 
 HEADS = 12
 WIDTHS, LENGTHS, BATCHES = (32, 64, 80, 128), (32, 128, 512, 1024), (1, 8)
-QUICK = 0.01  # seconds that a turn takes at the least, of as many runs as it needs
-FLOATS_A_SECOND = 5e10  # about what a small machine computes, to tell how many runs that is
+LONG = 5e9  # operations of a run that is long enough by itself, a tenth of a second or less
+MOST = 4096  # batch · length: above, a form is measured for minutes and tells nothing new
 
 
 def prepare(provider: str, width: int, masked: bool, folder: Path) -> list[Contender]:
@@ -64,32 +65,51 @@ def arrays(width: int, length: int, batch: int, masked: bool) -> dict[str, np.nd
 
 
 def measure(
-    provider: str, width: int, masked: bool, cells: Sequence[tuple[int, int]], rounds: int
-) -> Iterator[list[dict[str, Any]]]:
-    """For each of the `cells` (length, batch), a row for each form: its ratio, or its reason."""
+    provider: str, width: int, masked: bool, sizes: Sequence[tuple[int, int]], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """For each of the `sizes` (length, batch), a row for each form: its ratio, or its reason.
+
+    Short runs are repeated within a turn: they differ from themselves by more than long ones.
+    """
     with tempfile.TemporaryDirectory() as folder:
         taking_part = prepare(provider, width, masked, Path(folder))
-        for length, batch in cells:
-            size = HEADS * width
-            operations = batch * length * (6 * size**2 + 4 * length * size)
-            repeats = int(np.clip(QUICK * FLOATS_A_SECOND / operations, 1, 50))
-            name = f"{PROVIDERS[provider]}, D = {width}, {batch} × {length}"
-            case = {name: arrays(width, length, batch, masked)}
-            answer = benchmark.run(
-                taking_part, case, rounds=rounds, repeats=repeats, at_once=len(taking_part)
-            )[name]
-            ratios = {label: speedup._asdict() for label, speedup in answer.speedups().items()}
-            none = dict.fromkeys(("median", "low", "high"), np.nan)
-            machine = f"{benchmark.processor()} ({benchmark.instruction_sets()})"
-            cell = {"provider": provider, "width": width, "masked": masked}
-            cell |= {"length": length, "batch": batch, "rounds": rounds, "processor": machine}
-            yield [
-                cell
-                | {"form": contender.label}
-                | ratios.get(contender.label, none)
-                | {"reason": answer.reasons.get(contender.label, "")}
-                for contender in taking_part
-            ]
+        for repeats, some in itertools.groupby(sizes, lambda size: _repeats(width, *size)):
+            cases = {
+                f"{PROVIDERS[provider]}, D = {width}, {batch} × {length}": (length, batch)
+                for length, batch in some
+            }
+            given = {name: arrays(width, *size, masked) for name, size in cases.items()}
+            options = {"rounds": rounds, "repeats": repeats, "at_once": len(taking_part)}
+            for name, answer in benchmark.run(taking_part, given, **options).items():
+                length, batch = cases[name]
+                cell = {"provider": provider, "masked": masked, "width": width}
+                cell |= {"length": length, "batch": batch}
+                yield from rows(cell, answer, rounds)
+
+
+def _repeats(width: int, length: int, batch: int) -> int:
+    """How many runs there are in a turn, of which the median counts."""
+    size = HEADS * width
+    operations = batch * length * (6 * size**2 + 4 * length * size)
+    return 1 if operations > LONG else 9
+
+
+def rows(cell: Mapping[str, Any], answer: benchmark.Result, rounds: int) -> list[dict[str, Any]]:
+    """The rows of a cell: what `answer` has of each form."""
+    machine = f"{benchmark.processor()} ({benchmark.instruction_sets()})"
+    speedups = answer.speedups()
+    none = dict.fromkeys(table.FIGURES, np.nan)
+    return [
+        {
+            **cell,
+            "form": one.label,
+            **(speedups[one.label]._asdict() if one.label in speedups else none),
+            "rounds": rounds,
+            "processor": machine,
+            "reason": answer.reasons.get(one.label, ""),
+        }
+        for one in answer.contenders
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,15 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only-show", action="store_true", help="measure nothing")
     given = parser.parse_args(arguments)
     groups = itertools.product(given.providers, given.widths, (False, True))
-    cells = [*itertools.product(given.lengths, given.batches)]
+    sizes = [*itertools.product(given.lengths, given.batches)]
+    sizes = [size for size in sizes if math.prod(size) <= MOST]
     for provider, width, masked in [] if given.only_show else groups:
-        for rows in measure(provider, width, masked, cells, given.rounds):
-            table.merge(given.csv, rows)
-    rows = table.merge(given.csv, [])
-    print(table.text(rows))
-    table.draw(rows, given.csv.with_suffix(".svg"))
+        table.merge(given.csv, [*measure(provider, width, masked, sizes, given.rounds)])
+    measured = table.merge(given.csv, [])
+    print(table.text(measured))
+    table.draw(measured, given.csv.with_suffix(".svg"))
     if given.csv == ASSETS / "attention_forms.csv":
-        page.put(ASSETS / "results.md", "attention_forms", table.page(rows))
+        page.put(ASSETS / "results.md", "attention_forms", table.page(measured))
 
 
 if __name__ == "__main__":
