@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers import files
@@ -92,33 +93,18 @@ def page(table: pd.DataFrame) -> str:
 
 
 def draw(table: pd.DataFrame, path: Path) -> Figure:
-    """A panel for each provider and mask, a line for each form, cells along the axis by width,
-    batch and length; the same bytes for the same table."""
+    """A panel for each provider and mask, a mark for each form; the same bytes for the same
+    table."""
     panels = [*table.groupby(["provider", "masked"], sort=False)]
     style = {"svg.hashsalt": "attention_forms", "svg.fonttype": "none"}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, 1 + 2.6 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(9, 1 + 2.7 * len(panels)), layout="constrained")
         every = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, ((provider, masked), rows) in zip(every, panels, strict=True):
-            sizes = [*rows[["width", "batch", "length"]].drop_duplicates().itertuples(index=False)]
-            sizes.sort()
-            places = {tuple(cell): place for place, cell in enumerate(sizes)}
-            axes.axhline(1, color="black", linewidth=1)
-            for form, (colour, marker) in LOOKS.items():
-                of_form = rows[(rows["form"] == form) & rows["median"].notna()]
-                if form == STANDARD or of_form.empty:
-                    continue
-                keys = of_form[["width", "batch", "length"]].itertuples(index=False, name=None)
-                x = [places[key] for key in keys]
-                axes.vlines(x, of_form["low"], of_form["high"], color=colour, linewidth=1)
-                axes.plot(x, of_form["median"], marker, color=colour, markersize=5, label=form)
-            axes.set_xticks(range(len(sizes)), [f"{b}×{s}\nD {w}" for w, b, s in sizes], fontsize=6)
-            axes.set_yscale("log", base=2)
-            axes.set_title(
-                f"{PROVIDERS[provider]}, {'masked' if masked else 'no mask'}", fontsize=9
-            )
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.supylabel(f"faster than {STANDARD} by", fontsize="medium")
+            _draw_panel(axes, rows)
+            axes.set_title(f"{PROVIDERS[provider]}, {'masked' if masked else 'no mask'}\n")
+        figure.supxlabel("batch × length, by the width D of a head", fontsize="medium")
+        figure.supylabel(f"times as fast as {STANDARD}", fontsize="medium")
         handles = {
             label: handle
             for axes in every
@@ -131,3 +117,28 @@ def draw(table: pd.DataFrame, path: Path) -> Figure:
         with files.replacing(path) as draft:
             figure.savefig(draft, format="svg", metadata={"Date": None})
     return figure
+
+
+def _draw_panel(axes: Axes, rows: pd.DataFrame) -> None:
+    """The `rows` of one provider and mask, cells along the axis by width, batch and length."""
+    cell = ["width", "batch", "length"]
+    sizes = sorted({*rows[cell].itertuples(index=False, name=None)})
+    axes.axhline(1, color="black", linewidth=1)
+    for form, (colour, marker) in LOOKS.items():
+        of_form = rows[(rows["form"] == form) & rows["median"].notna()]
+        if form == STANDARD or of_form.empty:
+            continue
+        x = [sizes.index(key) for key in of_form[cell].itertuples(index=False, name=None)]
+        axes.vlines(x, of_form["low"], of_form["high"], color=colour, linewidth=1)
+        axes.plot(x, of_form["median"], marker, color=colour, markersize=5, label=form)
+    axes.set_xticks(
+        range(len(sizes)), [f"{batch} × {length}" for _, batch, length in sizes], rotation=90
+    )
+    axes.tick_params(labelsize=7)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    for width in sorted({width for width, *_ in sizes}):
+        own = [place for place, (one, *_) in enumerate(sizes) if one == width]
+        axes.text(np.mean(own), 1.02, f"D = {width}", transform=axes.get_xaxis_transform())
+        axes.axvline(own[-1] + 0.5, color="lightgrey", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
