@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,17 +12,15 @@ import onnx_ir as ir
 
 from helpers import files
 from helpers.quantize.layers import Layer
+from helpers.workers import runtimes
 
 
 def nncf() -> ModuleType:
-    """NNCF, without its telemetry and what it logs. Raises ModuleNotFoundError where it, or
-    OpenVINO, which runs the result, is not installed."""
-    os.environ["NNCF_CI"] = "1"  # turns off its telemetry
-    import nncf
+    """NNCF. Raises ModuleNotFoundError where it, or OpenVINO, which runs the result, is not
+    installed."""
     import openvino  # noqa: F401  so that its lack is told at once
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf
+    return runtimes.nncf()
 
 
 def statically(
