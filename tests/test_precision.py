@@ -1,6 +1,5 @@
 """The command for precision: on a tiny model with few contenders, and on made-up rows."""
 
-import dataclasses
 import functools
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pandas as pd
 import pytest
+import tiny_bert
 import torch
 from graphs import ATTENTION, write
 
@@ -16,23 +16,13 @@ from helpers import benchmark, contenders, export, files, graph
 from helpers.figures import cells, page
 from helpers.figures.precision import drawing, lineup, measuring, models, quality, sentences
 from helpers.figures.precision import table as tables
-from helpers.figures.speed import models as speed_models
 from helpers.models import loading
-
-TINY = {
-    "vocab_size": 30_000,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """BERT, tiny."""
-    small = {"config": TINY, "lengths": (8, 16), "heads": 2, "width": 16}
-    bert = dataclasses.replace(speed_models.MODELS["bert"], **small)
+    bert = tiny_bert.bert(layers=1)
     monkeypatch.setitem(models.MODELS, "bert", bert)
     return bert
 

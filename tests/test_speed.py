@@ -1,6 +1,5 @@
 """The command for speed, on a tiny model: who takes part, the table, and the summary."""
 
-import dataclasses
 import shutil
 import sys
 import types
@@ -10,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pandas as pd
 import pytest
+import tiny_bert
 
 import helpers
 from helpers import benchmark, contenders, files, graph
@@ -18,21 +18,11 @@ from helpers.figures.speed import lineup, measuring
 from helpers.figures.speed import models as speed_models
 from helpers.figures.speed import table as tables
 
-COMMAND = Path(__file__).parent.parent / "assets" / "tables.py"
-TINY = {
-    "vocab_size": 30_000,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-
 
 @pytest.fixture
 def tiny(monkeypatch):
     """BERT, tiny."""
-    small = {"config": TINY, "lengths": (8, 16), "heads": 2, "width": 16}
-    bert = dataclasses.replace(speed_models.MODELS["bert"], **small)
+    bert = tiny_bert.bert(layers=2)
     monkeypatch.setitem(speed_models.MODELS, "bert", bert)
     return bert
 

@@ -1,6 +1,12 @@
 """Time contenders fairly: each in a process of its own, by turns, as ratios paired by round."""
 
-from helpers.benchmark.machine import PACKAGES, instruction_sets, peak_memory, processor
+from helpers.benchmark.machine import (
+    PACKAGES,
+    cpu_in_words,
+    instruction_sets,
+    peak_memory,
+    processor,
+)
 from helpers.benchmark.results import Measured, Result, plot_by
 from helpers.benchmark.timing import run
 from helpers.workers.paired import Speedup, speedup
@@ -10,6 +16,7 @@ __all__ = [
     "Measured",
     "Result",
     "Speedup",
+    "cpu_in_words",
     "instruction_sets",
     "peak_memory",
     "plot_by",

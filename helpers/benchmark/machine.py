@@ -19,7 +19,12 @@ def conditions(threads: int) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     threaded = f"{os.cpu_count()} cores, {threads} threads that do not spin"
-    return f"{processor()} ({instruction_sets()}), {threaded}; {', '.join(versions)}"
+    return f"{cpu_in_words()}, {threaded}; {', '.join(versions)}"
+
+
+def cpu_in_words() -> str:
+    """The processor with its instruction sets: "Intel(R) Xeon(R) (AVX2, AVX-512, VNNI)"."""
+    return f"{processor()} ({instruction_sets()})"
 
 
 def processor() -> str:

@@ -1,5 +1,7 @@
-"""Tables of what was measured cell by cell (model, length, batch, say), kept in a CSV."""
+"""Tables of what was measured cell by cell (model, length, batch, say), kept in a CSV; what the
+commands that measure models take."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,25 @@ def names(table: pd.DataFrame, models: Models) -> dict[tuple[str, int, int], str
 def mean(ratios: Sequence[float] | np.ndarray) -> float:
     """The geometric mean."""
     return float(np.exp(np.mean(np.log(ratios))))
+
+
+def parser(description: str, models: Models, csv: Path, *, at_once: int) -> argparse.ArgumentParser:
+    """What a command takes that measures cells of `models` into the table at `csv`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several = {"nargs": "+", "metavar": "N", "type": int}
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
+    parser.add_argument("--rounds", type=int, default=10, metavar="N")
+    parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
+    parser.add_argument("--batches", **several, default=[1, 8])
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=at_once,
+        metavar="N",
+        help="models in memory in the first rounds",
+    )
+    parser.add_argument("--csv", type=Path, default=csv)
+    parser.add_argument("--only-show", action="store_true", help="measure nothing")
+    return parser

@@ -96,7 +96,6 @@ def _repeats(width: int, length: int, batch: int) -> int:
 
 def rows(cell: Mapping[str, Any], answer: benchmark.Result, rounds: int) -> list[dict[str, Any]]:
     """The rows of a cell: what `answer` has of each form."""
-    machine = f"{benchmark.processor()} ({benchmark.instruction_sets()})"
     speedups = answer.speedups()
     none = dict.fromkeys(table.FIGURES, np.nan)
     return [
@@ -105,7 +104,7 @@ def rows(cell: Mapping[str, Any], answer: benchmark.Result, rounds: int) -> list
             "form": one.label,
             **(speedups[one.label]._asdict() if one.label in speedups else none),
             "rounds": rounds,
-            "processor": machine,
+            "processor": benchmark.cpu_in_words(),
             "reason": answer.reasons.get(one.label, ""),
         }
         for one in answer.contenders

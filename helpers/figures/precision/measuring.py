@@ -15,7 +15,6 @@ picture and the page of results are made of all cells there. Files go to a tempo
 15 GB for one model.
 """
 
-import argparse
 import dataclasses
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 
 from helpers import benchmark
 from helpers.contenders import Contender
-from helpers.figures import page
+from helpers.figures import cells, page
 from helpers.figures.cells import ASSETS
 from helpers.figures.precision import drawing, lineup, quality, table
 from helpers.figures.precision.models import MODELS
@@ -113,7 +112,7 @@ def _rows(
     result: benchmark.Result, qualities: Mapping[str, quality.Quality], ours: set[str]
 ) -> dict[str, dict[str, Any]]:
     """The rows of the table that `result` gives, by label."""
-    processor = f"{benchmark.processor()} ({benchmark.instruction_sets()})"
+    processor = benchmark.cpu_in_words()
     rows = {}
     for contender in result.contenders:
         label, measured = contender.label, result.measured.get(contender.label)
@@ -159,7 +158,7 @@ def precision(
 ) -> None:
     """Measure the cells of one model, each put into the table at `path` when it is done."""
     model = MODELS[name]
-    for some in [[length] for length in lengths] if model.fixed else [list(lengths)]:
+    for some in model.together(lengths):
         with tempfile.TemporaryDirectory() as folder:
             print(f"preparing {name}, {', '.join(map(str, some))} {model.unit} …", flush=True)
             those = lineup.prepare(model, some, Path(folder))
@@ -186,19 +185,7 @@ def without(failed: Mapping[str, str], those: Sequence[Contender]) -> list[Conte
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    several = {"nargs": "+", "metavar": "N", "type": int}
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=10, metavar="N")
-    parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
-    parser.add_argument("--batches", **several, default=[1, 8])
-    parser.add_argument(
-        "--at-once", type=int, default=7, metavar="N", help="models in memory in the first rounds"
-    )
-    parser.add_argument("--csv", type=Path, default=ASSETS / "precision.csv")
-    parser.add_argument("--only-show", action="store_true", help="measure nothing")
+    parser = cells.parser(__doc__, MODELS, ASSETS / "precision.csv", at_once=7)
     given = parser.parse_args(arguments)
     if given.only_show and not given.csv.is_file():
         parser.error(f"{given.csv}: expected the table of a measurement, found no file")

@@ -13,7 +13,6 @@ summary, the picture, speed.svg, and the README's table are made of all cells th
 Export files go to a temporary folder, up to 10 GB for one model.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import psutil
 
 from helpers import benchmark
 from helpers.contenders import Contender
-from helpers.figures import page
+from helpers.figures import cells, page
 from helpers.figures.cells import ASSETS
 from helpers.figures.speed import table
 from helpers.figures.speed.lineup import prepare
@@ -116,7 +115,7 @@ def speed(
 ) -> None:
     """Measure the cells of one model, each put into the table at `path` when it is done."""
     model = MODELS[name]
-    for some in [[length] for length in lengths] if model.fixed else [list(lengths)]:
+    for some in model.together(lengths):
         with tempfile.TemporaryDirectory() as folder:
             print(f"preparing {name}, {', '.join(map(str, some))} {model.unit} …", flush=True)
             contenders = prepare(model, some, Path(folder), ours)
@@ -133,14 +132,7 @@ def speed(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    several = {"nargs": "+", "metavar": "N", "type": int}
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=10, metavar="N")
-    parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
-    parser.add_argument("--batches", **several, default=[1, 8])
+    parser = cells.parser(__doc__, MODELS, ASSETS / "speed.csv", at_once=3)
     parser.add_argument(
         "--ours",
         nargs="+",
@@ -148,11 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=["torchscript", "dynamo"],
         help="routes whose graphs are fused; default: torchscript dynamo",
     )
-    parser.add_argument(
-        "--at-once", type=int, default=3, metavar="N", help="models in memory in the first rounds"
-    )
-    parser.add_argument("--csv", type=Path, default=ASSETS / "speed.csv")
-    parser.add_argument("--only-show", action="store_true", help="measure nothing")
     given = parser.parse_args(arguments)
     for name in () if given.only_show else given.models:
         speed(

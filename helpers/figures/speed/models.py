@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,10 @@ class Model:
             return {"name": self.published, "pooled": True}
         own = self.fixed(length) if self.fixed else {}
         return {"name": self.model, "config": {**self.config, **own}}
+
+    def together(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The `lengths` in groups that one graph takes."""
+        return [[length] for length in lengths] if self.fixed else [[*lengths]]
 
     def module(self, length: int) -> torch.nn.Module:
         arguments = self.pytorch(length)
