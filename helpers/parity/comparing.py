@@ -8,6 +8,7 @@ the reference is. Nothing compared is not parity.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from helpers import files
 from helpers.feeds import Feed
-from helpers.parity import precision, rows
+from helpers.parity import precision, rows, unrounded
 from helpers.parity.runner import Model, Outputs, Runner
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Candidate:
     `where` is the worst place: feed, output, index; there `max_abs_diff` is the difference, which
     is `relative` to the output's spread, and `tolerance` what was allowed, for `precision`.
     `compared` counts the numbers that were compared, in all and by feed. Of rows `without_key`,
-    which are not, `left_out` of them differ by at most `left_out_diff`.
+    which are not, `left_out` of them differ by at most `left_out_diff`. Of graphs in 8 bits that is
+    told without their rounding where they are `unrounded`; with it, they differ by `as_run`.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Candidate:
     left_out: int = 0
     left_out_diff: float = 0.0
     feed: Feed | None = None
+    unrounded: bool = False
+    as_run: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +76,9 @@ class Candidate:
         text = f"compared {total:,} numbers in {len(self.compared)} feeds"
         nothing = [name for name, count in self.compared.items() if not count]
         text += f", none of them in: {', '.join(nothing)}" if nothing else ""
+        if self.unrounded:
+            text += ", without the rounding to 8 bits"
+            text += f" (with it, the largest difference is {self.as_run:.1e})" if self.held else ""
         if not self.left_out:
             return f"{text}; no rows without a key"
         return (
@@ -165,9 +172,11 @@ def compare(
     `models.runner` makes of PyTorch's). A file as the reference runs without the session's own
     optimisation, a candidate as users run it, with. The tolerance is that of the least precise type
     that either computes in, relative to each output's spread (`precision`), or the reference's own
-    difference between optimised and not, where that is larger; in 8-bit graphs both are compared
-    without optimisation first, and noise counts only as far as scores 5 % off would still show.
-    `tolerance` sets it, in absolute terms.
+    difference between optimised and not, where that is larger. 8-bit graphs that round to the same
+    steps are compared without their rounding (`unrounded`); other ones without optimisation first,
+    where noise counts only as far as scores 5 % off would still show. As they are run, they may then
+    differ by a few times what the reference's own rounding changes. `tolerance` sets it, in absolute
+    terms.
 
     A candidate that fails where the reference runs has not held. Raises `files.BadInput` where the
     reference fails or gives NaN in rows that are compared, where inputs or outputs do not match,
@@ -181,8 +190,11 @@ def compare(
     if passed:
         description += f"; passed over: {'; '.join(passed)}"
     plain.close()
-    judge = _Judge(plain, cases, tolerance)
-    return Report(plain.name, [judge.judged(model) for model in candidates], description)
+    with tempfile.TemporaryDirectory() as folder:
+        judge = _Judge(plain, cases, tolerance, Path(folder))
+        judged = [judge.judged(model) for model in candidates]
+        del judge  # whose sessions may read files there
+    return Report(plain.name, judged, description)
 
 
 def cases_of(
@@ -241,14 +253,27 @@ def cases_of(
 class _Judge:
     """Judges candidates by what the reference gave."""
 
-    def __init__(self, plain: Runner, cases: list[Case], tolerance: float | None) -> None:
-        self.plain, self.cases, self.tolerance = plain, cases, tolerance
+    def __init__(
+        self,
+        plain: Runner,
+        cases: list[Case],
+        tolerance: float | None,
+        folder: Path,
+        *,
+        noise: bool = True,
+    ) -> None:
+        self.plain, self.cases, self.tolerance, self.folder = plain, cases, tolerance, folder
         self.precision, self.eight_bits = _read(plain)
         self.noise: dict[str, float] = {}
         self.cap: dict[str, float] = {}
         self.rounding: dict[str, float] | None = None
-        if plain.opened is not None and tolerance is None:
+        self.steps: unrounded.Steps | None = None
+        self.unrounded: _Judge | None = None
+        self.moved: dict[str, float] = {}
+        if plain.opened is not None and tolerance is None and noise:
             self._measure_noise()
+            if self.eight_bits:
+                self._leave_out_rounding()
 
     def _measure_noise(self) -> None:
         """How far the reference differs from itself, optimised and not, by output."""
@@ -270,13 +295,42 @@ class _Judge:
             tried = [(case.feed, case.outputs, case.kept) for case in self.cases[:4]]
             self.cap = precision.with_scores_off(self.plain.opened, tried)
 
+    def _leave_out_rounding(self) -> None:
+        """Make a judge of what the reference computes without its rounding, if it can be told."""
+        path = self.folder / "reference.onnx"
+        self.steps = unrounded.write(self.plain.opened, path)
+        if self.steps is None:
+            return
+        opened = files.Opened(path)
+        plain = Runner(opened, optimise=False)
+        cases, _ = cases_of(plain, [case.feed for case in self.cases], [opened])
+        self.unrounded = _Judge(plain, cases, None, self.folder, noise=False)
+        tried = [(case.feed, case.outputs, case.kept) for case in self.cases]
+        self.moved = precision.with_steps_off(self.plain.opened, tried)
+
     def judged(self, model: Model) -> Candidate:
-        first = self._judged(model, optimise=not self.eight_bits)
+        first = self._without_rounding(model)
+        first = first or self._judged(model, optimise=not self.eight_bits)
         if first.held and self.eight_bits and not callable(model):
             second = self._judged(model, optimise=True, times=OPTIMISED)
             if not second.held:
                 return second
+            if first.unrounded:
+                first.as_run = second.max_abs_diff
         return first
+
+    def _without_rounding(self, model: Model) -> Candidate | None:
+        """How `model` compares where the rounding of both is left out; None where that cannot be
+        told, or they round to other steps."""
+        if self.unrounded is None or callable(model):
+            return None
+        path = self.folder / "candidate.onnx"
+        if unrounded.write(model, path) != self.steps:
+            return None
+        # Optimised, a session would put rounding in: it makes MatMulNBits of weights in integers.
+        judged = self.unrounded._judged(files.Opened(path), optimise=False)
+        judged.name, judged.unrounded = str(model), True
+        return judged
 
     def _judged(self, model: Model, *, optimise: bool, times: float = 1) -> Candidate:
         try:
@@ -357,6 +411,8 @@ class _Judge:
             return self.tolerance if values.dtype.kind == "f" else 0.0
         least = precision.allowed(values, precision.TOLERANCE[candidate.precision])
         noise = times * self.noise.get(name, 0.0)
+        if times > 1:
+            noise = max(noise, times * self.moved.get(name, 0.0) * precision.spread(values))
         if times == 1 and name in self.cap:
             noise = min(noise, CAUGHT * self.cap[name] * precision.spread(values))
         return max(least, noise)

@@ -22,6 +22,7 @@ SCALED = 1.05  # a fault that must show in an 8-bit graph: scores that are 5 % o
 SITES = 6  # at most, of which that is tried
 ROUNDED = 1 + 2**-21  # what scores are off by that were summed in another order
 STEPPED = 1 + 2**-16  # the same in 8 bits, where one number in many falls on a step's other side
+QUANTISERS = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QuantizeLinear")
 
 _NOT_COMPUTING = {
     *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather"),
@@ -101,6 +102,13 @@ def with_scores_rounded(path: Path, tried: Tried, by: float = ROUNDED) -> dict[s
     """The same, if all scores are off by what they may be rounded by: how far rounding grows."""
     proto, folder, sites = _sites(path)
     return _shown(_scaled(proto, sites, by), folder, tried) if sites else {}
+
+
+def with_steps_off(path: Path, tried: Tried) -> dict[str, float]:
+    """The same, if all that is rounded to 8 bits is off by what it may be rounded by before."""
+    proto, folder = external.read(path)
+    places = [i for i, node in enumerate(proto.graph.node) if node.op_type in QUANTISERS]
+    return _shown(_scaled(proto, places, ROUNDED), folder, tried) if places else {}
 
 
 def _sites(path: Path) -> tuple[onnx.ModelProto, Path, list[int]]:

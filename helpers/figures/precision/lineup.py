@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import QuantType
 
 from helpers import contenders
@@ -54,8 +55,13 @@ def pytorch(model: Model, length: int) -> Iterator[Contender]:
 
 def onnxruntime_int8(graphs: Sequence[Contender], samples: Feeds) -> Iterator[Contender]:
     """ONNX Runtime's own tool, dynamic and static, on each of the `graphs`."""
+    # The type of what com.microsoft's operators give, which it does not infer.
+    floats = {"extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT}}
     for graph in graphs:
-        for how, options in (("per tensor", {}), ("per channel", {"per_channel": True})):
+        for how, options in (
+            ("per tensor", floats),
+            ("per channel", {"per_channel": True} | floats),
+        ):
             label = f"quantize_dynamic, {how} ({graph.kind})"
             yield of(graph, label, "dynamic-int8", contenders.dynamic_int8, **options)
         yield of(
