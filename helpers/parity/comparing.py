@@ -174,9 +174,9 @@ def compare(
     that either computes in, relative to each output's spread (`precision`), or the reference's own
     difference between optimised and not, where that is larger. 8-bit graphs that round to the same
     steps are compared without their rounding (`unrounded`); other ones without optimisation first,
-    where noise counts only as far as scores 5 % off would still show. As they are run, they may then
-    differ by a few times what the reference's own rounding changes. `tolerance` sets it, in absolute
-    terms.
+    where noise counts only as far as scores 5 % off would still show. As they are run, they may
+    then differ by a few times what the reference's own rounding changes. `tolerance` sets it, in
+    absolute terms.
 
     A candidate that fails where the reference runs has not held. Raises `files.BadInput` where the
     reference fails or gives NaN in rows that are compared, where inputs or outputs do not match,
