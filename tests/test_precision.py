@@ -14,7 +14,15 @@ from graphs import ATTENTION, write
 
 from helpers import benchmark, contenders, export, files, graph
 from helpers.figures import cells, page
-from helpers.figures.precision import drawing, lineup, measuring, models, quality, sentences
+from helpers.figures.precision import (
+    by_runtime,
+    drawing,
+    lineup,
+    measuring,
+    models,
+    quality,
+    sentences,
+)
 from helpers.figures.precision import table as tables
 from helpers.models import loading
 
@@ -288,3 +296,34 @@ def test_contenders_in_8_bits(tmp_path):
     assert (eight.kind, eight.reason) == ("ours-plugin-int8", ours.reason)
     taken = lineup.of(made[0], "e", "plugin-default", contenders.openvino_plugin, precision=None)
     assert (taken.path, taken.arguments["precision"]) == (made[0].path, None)
+
+
+# ── By runtime ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_fastest_of_each_runtime_and_precision(tmp_path):
+    where = {"model": "bert", "length": 8, "batch": 1, "measure": "error", "processor": "a CPU"}
+    rows = [
+        row("eager", kind="pytorch", precision="fp32", **where),
+        row("slow", 0.8, kind="unfused", precision="fp32", **where),
+        row("fast", 0.5, 0.03, kind="onnxscript", precision="fp32", **where),
+        row("fast, again", 0.1, kind="onnxscript", precision="fp32", **where),
+        row("fused", 0.4, ours=True, kind="ours-openvino", precision="bf16 and fp32", **where),
+        row("static", 0.3, ours=True, kind="ours-plugin-int8", precision="int8", **where)
+        | {"contender": "quantize, calibrated"},
+        row("weights", 0.7, kind="openvino-int8", precision="bf16", **where),
+        row("failed", np.nan, kind="dynamic-int8", precision="", **where),
+    ]
+    tables.merge(tmp_path / "a.csv", rows)
+    found = by_runtime.fastest(by_runtime.read(tmp_path / "a.csv", "bert", 8, 1))
+    assert found["theirs", "speed-up"].to_dict() == {
+        ("PyTorch", "fp32"): "1.00",
+        ("ONNX Runtime", "fp32"): "2.00",
+        ("its OpenVINO plugin", "8 bits, calibrated"): "",
+        ("OpenVINO", "bf16"): "",
+        ("OpenVINO", "8 bits"): "1.43",
+    }
+    assert found["theirs", "error"].iloc[1] == "0.03"
+    assert [*found["ours", "speed-up"]] == ["", "", "3.33", "2.50", ""]
+    with pytest.raises(ValueError, match="found no row of it"):
+        by_runtime.read(tmp_path / "a.csv", "bert", 16, 1)
