@@ -319,7 +319,7 @@ def test_the_fastest_of_each_runtime_and_precision(tmp_path):
     assert found["theirs", "speed-up"].to_dict() == {
         ("PyTorch", "fp32"): "1.00",
         ("ONNX Runtime", "fp32"): "2.00",
-        ("its OpenVINO plugin", "8 bits, calibrated"): "",
+        ("ONNX Runtime with OpenVINO", "8 bits, calibrated"): "",
         ("OpenVINO", "bf16"): "",
         ("OpenVINO", "8 bits"): "1.43",
     }

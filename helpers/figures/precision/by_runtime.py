@@ -9,7 +9,7 @@ import pandas as pd
 from helpers.figures.cells import CELL
 from helpers.figures.precision.table import AGAIN, Row
 
-RUNTIMES = ("PyTorch", "ONNX Runtime", "its OpenVINO plugin", "OpenVINO")
+RUNTIMES = ("PyTorch", "ONNX Runtime", "ONNX Runtime with OpenVINO", "OpenVINO")
 PRECISIONS = ("fp32", "bf16", "8 bits", "8 bits, calibrated")
 SIDES = {"yes": "ours", "no": "theirs"}
 
