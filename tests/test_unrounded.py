@@ -175,6 +175,8 @@ def test_fuse_says_that_rounding_was_left_out(tmp_path):
     assert fused.parity.unrounded
     assert fused.parity.max_abs_diff < 1e-5
     assert "without the rounding to 8 bits (with it, the largest difference is " in str(fused)
+    [left] = fused.left
+    assert left.endswith("; fuse the float model, and quantise what that gives")
 
 
 def test_other_steps_are_compared_as_they_are_run(tmp_path):

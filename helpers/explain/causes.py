@@ -17,8 +17,6 @@ from helpers.explain import head_sizes, site_forms
 from helpers.explain.reasons import Reason
 from helpers.graph import walks
 
-_BEFORE_QUANTISING = "fuse the float model, and quantise what that gives"
-
 
 class Asked(NamedTuple):
     """What a fusion was asked for: the `site`, of the `model`, by an optimizer that was told of so
@@ -64,14 +62,14 @@ def _in_a_branch(reason: Reason, asked: Asked) -> Told:
 def _quantised(reason: Reason, asked: Asked) -> Told:
     """The path or the check came upon a quantised operator, or the whole site is in such."""
     if asked.site.node.op_type == "QLinearSoftmax":
-        return "quantised", f"{asked.site.node.op_type}: {_BEFORE_QUANTISING}"
+        return "quantised", f"{asked.site.node.op_type}: {graph.BEFORE_QUANTISING}"
     operators = [node.operator for node in (reason.attempt.found if reason.attempt else ())]
     operators += reason.actual.operators if reason.actual else []
     if not operators and reason.check and reason.anchor:
         operators = [*reason.check.operands.values()]
     words = re.findall(r"\w+", " ".join(operators))
     named = next(filter(graph.is_quantised, words), None)
-    return ("quantised", f"{named}: {_BEFORE_QUANTISING}") if named else None
+    return ("quantised", f"{named}: {graph.BEFORE_QUANTISING}") if named else None
 
 
 def _packed(reason: Reason, asked: Asked) -> Told:

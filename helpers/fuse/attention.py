@@ -28,7 +28,7 @@ import onnx_ir as ir
 from helpers import graph
 from helpers.fuse import forms, masks, products
 from helpers.fuse.building import RESHAPES, Reading, build
-from helpers.fuse.scores import SAME, Left, ScoreReader, below, changes_type
+from helpers.fuse.scores import SAME, Left, ScoreReader, below, between, changes_type
 from helpers.graph.values import number, rank
 
 
@@ -67,7 +67,8 @@ class _Reader(ScoreReader):
         reading, site = self.reading, self.reading.site
         softmax, context = site.node, site.context
         if softmax.op_type != "Softmax":
-            raise Left(f"{graph.name(softmax)} is a {softmax.op_type}, and not a Softmax")
+            advice = f"; {graph.BEFORE_QUANTISING}" * graph.is_quantised(softmax.op_type)
+            raise Left(f"{graph.name(softmax)} is a {softmax.op_type}, and not a Softmax{advice}")
         before = self._between(self.of_scores, site.scores, softmax.inputs[0])
         reading.before = [node for node, _ in before]
         # Where the keys are on the last axis but one, everything is read as transposed.
@@ -105,7 +106,7 @@ class _Reader(ScoreReader):
         elif kind == "Where" and position > 0:
             self._choose_weights(node, inputs[3 - position], position == 1)
         elif not forms.keeps_weights(node, position):
-            raise Left(f"{kind} {graph.name(node)} is between the Softmax and the values")
+            raise Left(between(node, "the Softmax and the values"))
 
     def _multiply_weights(self, node: ir.Node, factor: ir.Value) -> None:
         """weights·factor, or where `node` is Div, by it."""

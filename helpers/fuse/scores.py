@@ -20,6 +20,12 @@ class Left(Exception):
     """A site that is left as it is, and why."""
 
 
+def between(node: ir.Node, where: str) -> str:
+    """That `node` is where the operator has none, and what to do."""
+    advice = f"; {graph.BEFORE_QUANTISING}" * graph.is_quantised(node.op_type)
+    return f"{node.op_type} {graph.name(node)} is between {where}{advice}"
+
+
 class ScoreReader:
     """Reads a site, from its first product to the Softmax, into a `Reading`."""
 
@@ -159,7 +165,7 @@ class ScoreReader:
         ):
             reading.in_tanh = True
         elif not forms.keeps_scores(node, position):
-            raise Left(f"{kind} {graph.name(node)} is between the product and the Softmax")
+            raise Left(between(node, "the product and the Softmax"))
 
     def _cast(self, node: ir.Node) -> None:
         if not changes_type(node):

@@ -11,6 +11,7 @@ from helpers.graph.attention_sites import (
 from helpers.graph.cutting import block, cut_out
 from helpers.graph.notes import notes
 from helpers.graph.reading import (
+    BEFORE_QUANTISING,
     LEFT_OUT_ABOVE,
     MICROSOFT,
     STANDARD,
@@ -32,6 +33,7 @@ from helpers.graph.values import ELEMENTWISE
 from helpers.graph.walks import neighbours
 
 __all__ = [
+    "BEFORE_QUANTISING",
     "ELEMENTWISE",
     "FUSED",
     "LEFT_OUT_ABOVE",

@@ -21,6 +21,7 @@ _LATEST = {"": onnx.defs.onnx_opset_version(), "ai.onnx.ml": 5}  # which ONNX Ru
 _NO_NAMES = {"", "?", "*", "-1", "None", "none", "null"}  # as names of sizes
 
 STANDARD = ("", "ai.onnx")
+BEFORE_QUANTISING = "fuse the float model, and quantise what that gives"
 
 MICROSOFT = "com.microsoft"
 _QUANTISED = re.compile(r"(\w+\.)*(\w*[Qq]uantize[A-Z]\w*|Q[A-Z][a-z]\w*|\w+Integer\w*|\w+NBits)")
