@@ -3,6 +3,7 @@
 import collections
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import nbclient
@@ -245,13 +246,12 @@ def test_requirements_are_pinned_and_used():
             assert re.match(r"(netron>=|[\w-]+==)[\d.]+(; [^#]+)?\s+# \w", line), line
 
 
-def test_every_notebook_is_run_by_the_tests(request):
-    """In a run of everything, each notebook that is in the repository is collected."""
-    config = request.config
-    if not config.option.nbmake or config.args_source is not config.ArgsSource.TESTPATHS:
-        pytest.skip("only a run of everything with --nbmake runs the notebooks (2026-11-23)")
-    collected = {Path(item.path) for item in request.session.items}
+def test_every_notebook_is_run_by_the_tests():
+    """Each that is in the repository lies where pytest looks."""
     listed = subprocess.run(
         ["git", "ls-files", "--", "*.ipynb"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    assert {ROOT / path for path in listed} | set(NOTEBOOKS) <= collected
+    assert {ROOT / path for path in listed} == set(NOTEBOOKS)
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        options = tomllib.load(file)["tool"]["pytest"]["ini_options"]
+    assert {path.parent.name for path in NOTEBOOKS} <= {*options["testpaths"]}
