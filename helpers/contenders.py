@@ -219,17 +219,23 @@ def fused(label: str, path: str | Path, *, target: str = "cpu") -> Contender:
 
 
 def quantized(
-    label: str, path: str | Path, *, target: str = "cpu", inputs: str | Path | None = None
+    label: str,
+    path: str | Path,
+    *,
+    target: str = "cpu",
+    inputs: str | Path | None = None,
+    bound: float | None = None,
 ) -> Contender:
     """The graph at `path` in 8 bits, as `helpers.quantize` makes it for `target`, on ONNX Runtime.
 
-    `inputs` is the file of samples to calibrate on, if there is one.
+    `inputs` is the file of samples to calibrate on, if there is one, and `bound` the error up to
+    which it is taken, if that is not the default.
     """
 
     def make(out: Path) -> None:
         from helpers import quantize
 
-        result = quantize.quantize(path, out, target=target, inputs=inputs)
+        result = quantize.quantize(path, out, target=target, inputs=inputs, bound=bound)
         logger.info(f"{label}: {result}")
         if not result.held:
             chosen = result.chosen
@@ -238,7 +244,7 @@ def quantized(
                 f" least ({chosen.method})"
             )
 
-    setting = f"_{target}_{'calibrated' if inputs else 'alone'}"
+    setting = f"_{target}_{'calibrated' if inputs else 'alone'}{bound or ''}"
     return _made(label, "ours-int8", path, make, setting)
 
 

@@ -334,6 +334,24 @@ def test_nothing_is_written_where_the_bound_does_not_hold(made, tmp_path, capsys
     assert {file.name for file in tmp_path.iterdir()} == {"encoder.onnx"}
 
 
+def test_a_bound_that_is_none(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", "a.onnx", "b.onnx", "--bound", "-1"])
+    assert "--bound: expected a number of 0 or more, found '-1'" in capsys.readouterr().err
+
+
+def test_a_bound_of_ones_own(made, tmp_path, capsys):
+    """What the default bound takes as it is has layers in float at half of its error."""
+    arguments = ["quantize", str(made), str(tmp_path / "8.onnx"), "--json"]
+    assert main(arguments) == DONE
+    first = json.loads(capsys.readouterr().out)
+    bound = first["error"] / 2
+    assert main([*arguments, "--bound", str(bound)]) == DONE
+    second = json.loads(capsys.readouterr().out)
+    assert second["error"] <= bound == second["bound"]
+    assert len(second["left_in_float"]) > len(first["left_in_float"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -41,16 +41,13 @@ class Quantized:
     path: Path
     target: str
     bits: int
+    bound: float
     chosen: Tried
     tried: list[Tried]
     layers: int
     inputs: str
     timed: str = ""
     megabytes: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def bound(self) -> float:
-        return BOUND[self.bits]
 
     @property
     def held(self) -> bool:
@@ -97,16 +94,20 @@ def quantize(
     target: str = "cpu",
     bits: int = 8,
     inputs: str | Path | None = None,
+    bound: float | None = None,
 ) -> Quantized:
     """Write `model`, a file or what has been read of it, to `out` with its products by weights in
-    `bits`, in the way that is fastest on `target`, if its error stays within `BOUND`.
+    `bits`, in the way that is fastest on `target`, if its error stays within the `bound`, by
+    default `BOUND`: the root of the mean squared error of an output, in its standard deviations.
 
     `cpu` is ONNX Runtime, `openvino` OpenVINO (which needs NNCF). `inputs` is an .npz with an array
     for each input, of eight rows or more: three of four are calibrated on. Without, no way is tried
     that needs it, and errors are of inferred inputs. In 4 bits are weights alone. Raises ValueError
-    on another target or other bits, `files.BadInput` on a bad model, and bad samples.
+    on another target, other bits or another bound than a number, `files.BadInput` on a bad model
+    and bad samples.
     """
-    _check(target, bits)
+    bound = BOUND.get(bits, 0.0) if bound is None else bound
+    _check(target, bits, bound)
     opened, out = files.Opened.of(model), Path(out).absolute()
     files.keep_apart(opened, out)
     _check_floats(opened)
@@ -120,11 +121,11 @@ def quantize(
                 f"{opened}: expected products by float32 weights (MatMul, Gemm) outside of branches"
                 " and bodies, found none; there is nothing to quantise"
             )
-        trials = Trials(opened, base, layers, target, BOUND[bits], bits, given)
+        trials = Trials(opened, base, layers, target, bound, bits, given)
         tried = [trials.of(way) for way in ways(base, layers, target, bits, given)]
-        trials.time([one for one in tried if one.error <= BOUND[bits]])
+        trials.time([one for one in tried if one.error <= bound])
         chosen = _best(tried)
-        answer = Quantized(out, target, bits, chosen, tried, len(layers), trials.description)
+        answer = Quantized(out, target, bits, bound, chosen, tried, len(layers), trials.description)
         answer.timed = trials.timed
         if answer.held:
             files.save(ir.load(chosen.path), out, keep=opened.data)
@@ -132,11 +133,13 @@ def quantize(
     return answer
 
 
-def _check(target: str, bits: int) -> None:
+def _check(target: str, bits: int, bound: float) -> None:
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
     if bits not in BITS:
         raise ValueError(f"bits {bits!r}: expected 8 or 4")
+    if not 0 <= bound < float("inf"):
+        raise ValueError(f"bound {bound!r}: expected a number that is not negative")
 
 
 def _check_floats(opened: files.Opened) -> None:
