@@ -1,6 +1,8 @@
 """8 and 4 bits: what is reached, what is left in float, what is refused; proven against floats."""
 
+import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from building import HEADS, WIDTH, WORDS, Graph, save
 
 from helpers import contenders, feeds, files, graph, parity, quantize
 from helpers.__main__ import main
-from helpers.errors import DONE, FAILED
+from helpers.errors import BAD_INPUT, DONE, FAILED
 from helpers.files import saving
 from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing
 from helpers.quantize.layers import prepare
@@ -330,7 +332,9 @@ def test_nothing_is_written_where_the_bound_does_not_hold(made, tmp_path, capsys
     out = tmp_path / "8.onnx"
     assert main(["quantize", str(made), str(out)]) == FAILED
     printed = capsys.readouterr().out
-    assert "not written: the bound is not held by any way" in printed
+    assert (
+        "not written: the bound is not held by any way (in floats, cpu has an error of" in printed
+    )
     assert {file.name for file in tmp_path.iterdir()} == {"encoder.onnx"}
 
 
@@ -486,3 +490,56 @@ def test_contenders_are_made_by_the_same_code(made, monkeypatch):
     monkeypatch.setattr(quantize, "dynamic", lambda *given, **more: asked.append(more))
     contenders.int8("int8", made, per_channel=False)
     assert asked == [{"per_channel": False}]
+
+
+def test_weights_that_are_computed_of_others(tmp_path):
+    """As PyTorch's weight_norm is exported: NNCF raises where a convolution has no initializer."""
+
+    def build(g, wrong):
+        direction = g.constant(np.ones((4, 4, 3), np.float32), "direction")
+        size = g.Sqrt(g.constant(np.full((4, 1, 1), 3, np.float32), "size"))
+        x = g.given("x", np.float32, "batch", 4, "length")
+        g.gives("y", g.Conv(x, g.Div(direction, size), pads=[1, 1]), "batch", 4, "length")
+
+    prepare(save(tmp_path / "a.onnx", build), tmp_path / "b.onnx")
+    made = onnx.load(tmp_path / "b.onnx").graph
+    [conv], [weight] = made.node, made.initializer
+    assert conv.input[1] == weight.name
+    np.testing.assert_allclose(onnx.numpy_helper.to_array(weight), 3**-0.5, rtol=1e-6)
+
+
+@pytest.fixture
+def runs_up_to_20(monkeypatch):
+    """In place of OpenVINO, what refuses ids that are longer."""
+    pytest.importorskip("nncf")
+    real = measuring.running
+
+    @contextlib.contextmanager
+    def running(path, target):
+        def checked(arrays):
+            if arrays["ids"].shape[1] > 20:
+                raise Failed("too long")
+            return run(arrays)
+
+        with real(path, "cpu") as run:
+            yield checked
+
+    monkeypatch.setattr(measuring, "running", running)
+
+
+@pytest.mark.usefixtures("runs_up_to_20")
+def test_what_the_provider_does_not_run_is_passed_over_and_named(made, tmp_path):
+    done = quantize.quantize(made, tmp_path / "8.onnx", target="openvino")
+    assert done.held
+    assert re.search(r"; passed over: .+ \(too long\)", done.inputs)
+
+
+@pytest.mark.usefixtures("runs_up_to_20")
+def test_samples_that_the_provider_does_not_run_are_refused(made, tmp_path, capsys):
+    np.savez(tmp_path / "long.npz", ids=np.zeros((8, 21), np.int64))
+    arguments = ["quantize", str(made), str(tmp_path / "8.onnx"), "--target", "openvino"]
+    assert main([*arguments, "--inputs", str(tmp_path / "long.npz")]) == BAD_INPUT
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "expected a graph that openvino runs on calibration, from sample 0, found: too lo" in told
+    )

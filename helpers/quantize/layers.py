@@ -15,7 +15,7 @@ from helpers import files, graph
 from helpers.fuse.pipeline import convert
 from helpers.graph import external
 
-_SAME_WEIGHT = {"Cast", "Identity", "Squeeze", "Transpose", "Unsqueeze"}
+_GROWS = {"ConstantOfShape", "Expand", "Range", "Tile"}  # what it gives may be far larger
 
 
 class Layer(NamedTuple):
@@ -43,7 +43,7 @@ def prepare(source: str | Path | files.Opened, path: Path, *, latest: bool = Fal
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     most = 2**31  # elements: all weights
     optimizer.fold_constants(
-        model, input_size_limit=most, output_size_limit=most, should_fold=_reshapes_weight
+        model, input_size_limit=most, output_size_limit=most, should_fold=_makes_weight
     )
     for node in [*model.graph]:
         if node.op_type == "Gemm" and node.domain in graph.STANDARD:
@@ -57,8 +57,10 @@ def prepare(source: str | Path | files.Opened, path: Path, *, latest: bool = Fal
     return found
 
 
-def _reshapes_weight(node: ir.Node) -> bool:
-    return node.op_type in _SAME_WEIGHT and all(map(_is_weight, node.inputs[:1]))
+def _makes_weight(node: ir.Node) -> bool:
+    """Whether it computes a weight of others, as a normalised convolution does."""
+    given = [value for value in node.inputs if value is not None]
+    return bool(given) and node.op_type not in _GROWS and all(map(_is_weight, given))
 
 
 def _is_weight(value: ir.Value | None) -> bool:

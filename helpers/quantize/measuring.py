@@ -12,7 +12,7 @@ import numpy as np
 
 from helpers import files, parity
 from helpers.parity import precision
-from helpers.workers import Worker
+from helpers.workers import Failed, Worker
 from helpers.workers.paired import turns
 
 LOADERS = {  # by target, what runs a file in a process of its own
@@ -58,6 +58,20 @@ def _processes(paths: Mapping[str, Path], target: str) -> Iterator[dict[str, Wor
         for worker in workers.values():
             worker.receive()
         yield workers
+
+
+def refused(path: Path, target: str, cases: Sequence[parity.Case]) -> dict[str, str]:
+    """By the feed's name, why the provider does not run the file at `path` on some of the cases."""
+    left, reasons = [case.feed for case in cases], {}
+    while left:
+        try:
+            with running(path, target) as run:
+                while left:
+                    run(left[0].arrays)
+                    left.pop(0)
+        except Failed as why:
+            reasons[left.pop(0).name] = str(why)
+    return reasons
 
 
 def error(run: Run, cases: Sequence[parity.Case]) -> tuple[float, str]:

@@ -36,7 +36,8 @@ AHEAD = 0.02  # by which a way must be faster than one of less error, to be take
 class Quantized:
     """What `quantize` did: `chosen` is the way that was taken (where none `held`, the one of least
     error, and nothing is written), among all that were `tried`; `layers` counts the products by
-    weights, `megabytes` are before and after, `timed` says on what."""
+    weights, `megabytes` are before and after, `timed` says on what. Where none held,
+    `error_in_floats` is that of the target itself, which may compute in bf16."""
 
     path: Path
     target: str
@@ -48,6 +49,7 @@ class Quantized:
     inputs: str
     timed: str = ""
     megabytes: tuple[float, float] = (0.0, 0.0)
+    error_in_floats: float | None = None
 
     @property
     def held(self) -> bool:
@@ -64,6 +66,7 @@ class Quantized:
             "inputs": self.inputs,
             "timed": self.timed,
             "megabytes": list(self.megabytes),
+            "error_in_floats": self.error_in_floats,
             "tried": [one.to_json() for one in self.tried],
         }
 
@@ -79,7 +82,9 @@ class Quantized:
         ]
         if not self.held:
             tried = [f"tried: {one}" for one in self.tried]
-            return "\n".join([*lines, *tried, "not written: the bound is not held by any way"])
+            own = f"in floats, {self.target} has an error of {self.error_in_floats:.3f}"
+            why = f"not written: the bound is not held by any way ({own})"
+            return "\n".join([*lines, *tried, why])
         before, after = self.megabytes
         lines.append(f"{before:.1f} MB before, {after:.1f} MB after")
         lines.append(f"speed-up {chosen.speedup}, on {self.timed}")
@@ -130,6 +135,8 @@ def quantize(
         if answer.held:
             files.save(ir.load(chosen.path), out, keep=opened.data)
             answer.megabytes = files.size(opened) / 1e6, files.size(out) / 1e6
+        else:
+            answer.error_in_floats = trials.error_in_floats()
     return answer
 
 

@@ -86,13 +86,30 @@ class Trials:
         self.sets, passed = [], []  # calibration, if any, and others
         for feeds in filter(None, (samples.judged, samples.others)):
             cases, passed_over = parity.cases_of(plain, feeds, [opened])
-            self.sets.append(cases)
+            self.sets.append(self._that_run(cases, passed_over))
             passed += passed_over
         self.few, _ = parity.cases_of(plain, samples.few, [opened])
         self.description = samples.description
         if passed:
             self.description += f"; passed over: {'; '.join(passed)}"
         plain.close()
+
+    def _that_run(self, cases: Sequence[parity.Case], passed: list[str]) -> list[parity.Case]:
+        """The cases that the target runs in floats; what was inferred and it does not run goes to
+        those `passed` over. Raises `files.BadInput` where nothing is left, or it was given."""
+        if self.target == "cpu":  # which has run them all
+            return [*cases]
+        reasons = measuring.refused(self.opened.path, self.target, cases)
+        kept = [case for case in cases if case.feed.name not in reasons]
+        given = [case.feed.name for case in cases if not case.feed.inferred]
+        name, why = next(iter(reasons.items()), ("", ""))
+        if not kept or any(name in reasons for name in given):
+            raise files.BadInput(
+                f"{self.opened}: expected a graph that {self.target} runs on {name}, found: {why};"
+                " give other inputs, or another target"
+            )
+        passed += [f"{name} ({why})" for name, why in reasons.items()]
+        return kept
 
     def of(self, way: Way) -> Tried:
         """What `way` gives, with as few layers in float as the bound needs.
@@ -171,9 +188,7 @@ class Trials:
         try:
             with quiet():
                 way.make(base, path, [layer for layer in way.layers if layer not in left])
-            with measuring.running(path, self.target) as run:
-                errors = [measuring.error(run, cases) for cases in self.sets]
-            tried.error, tried.output = max(errors)
+            tried.error, tried.output = self._error(path)
             logger.info(f"{name}, {number} left in float: error {tried.error:.3f}")
         except ModuleNotFoundError:
             raise
@@ -181,6 +196,15 @@ class Trials:
             tried.reason = files.raised(error)
             logger.info(f"{name}: {tried.reason}")
         return tried
+
+    def _error(self, path: Path) -> tuple[float, str]:
+        """The error of a file, and the output that has it."""
+        with measuring.running(path, self.target) as run:
+            return max(measuring.error(run, cases) for cases in self.sets)
+
+    def error_in_floats(self) -> float:
+        """The error of the target itself."""
+        return self._error(self.opened.path)[0]
 
     def time(self, tried: Sequence[Tried]) -> None:
         """Measure the speed of these, against the file that came in.
