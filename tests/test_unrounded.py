@@ -187,3 +187,24 @@ def test_other_steps_are_compared_as_they_are_run(tmp_path):
     [candidate] = parity.compare(path, [other], [Feed("x", {"x": X})], "x").candidates
     assert not candidate.held
     assert not candidate.unrounded
+
+
+def test_other_inputs_are_told_with_the_names_of_the_files(tmp_path):
+    path = _write(tmp_path / "a.onnx", ONE["quantized and dequantized"])
+    other = ONE["quantized and dequantized"].replace("float[4,8] x", "float[4,8] z")
+    other = _write(tmp_path / "b.onnx", other.replace("(x, scale", "(z, scale"))
+    with pytest.raises(files.BadInput, match=r"b.onnx: expected the inputs of .+a.onnx \(x "):
+        parity.compare(path, [other], [Feed("x", {"x": X})], "x")
+
+
+def test_what_cannot_be_run_without_rounding_is_compared_as_it_is(tmp_path, monkeypatch):
+    """As if a form were taken apart into what ONNX Runtime has no kernel for."""
+    path = _write(tmp_path / "a.onnx", ONE["quantized and dequantized"])
+    monkeypatch.setitem(
+        unrounded._WRITTEN,
+        "DequantizeLinear",
+        lambda tape, node, floats: [tape.op("NoSuchOperator", node.inputs)],
+    )
+    [candidate] = parity.compare(path, [path], [Feed("x", {"x": X})], "x").candidates
+    assert candidate.held
+    assert not candidate.unrounded

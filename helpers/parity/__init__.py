@@ -1,7 +1,9 @@
 """Do two models compute the same? Compare their outputs over several inputs, padding included."""
 
-from helpers.parity.comparing import Candidate, Case, Report, cases_of, compare
+from helpers.parity.cases import Case, cases_of
+from helpers.parity.comparing import compare
 from helpers.parity.precision import TOLERANCE
+from helpers.parity.reports import Candidate, Report
 from helpers.parity.runner import Model, Outputs, Runner
 
 __all__ = [

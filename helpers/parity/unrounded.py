@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 from helpers import files, graph
 
@@ -63,6 +64,7 @@ def _take_out(model: ir.Model) -> Steps:
     """Take the rounding of what is computed out, in place."""
     if model.opset_imports.get("", OPSET) < OPSET:
         raise _Stays
+    passes.RemoveUnusedNodesPass()(model)
     computed = graph.from_input(model)
     floats: set[ir.Value] = set()  # what was integers
     steps: set[tuple] = set()
