@@ -16,8 +16,9 @@ from helpers import contenders, feeds, files, graph, parity, quantize
 from helpers.__main__ import main
 from helpers.errors import BAD_INPUT, DONE, FAILED
 from helpers.files import saving
-from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing
+from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing, trials
 from helpers.quantize.layers import prepare
+from helpers.quantize.ways import Way
 from helpers.workers import Failed
 
 MICROSOFT = graph.MICROSOFT
@@ -543,3 +544,26 @@ def test_samples_that_the_provider_does_not_run_are_refused(made, tmp_path, caps
     assert (
         "expected a graph that openvino runs on calibration, from sample 0, found: too lo" in told
     )
+
+
+@pytest.mark.parametrize("guess", [1, 6, 7, 8, 30, 39])
+def test_as_few_layers_in_float_as_it_takes_are_found_in_few_trials(guess, tmp_path, monkeypatch):
+    """Of forty layers, seven: a trial may take a minute."""
+    tried = []
+
+    def trial(self, way, base, number):
+        tried.append(number)
+        path = tmp_path / str(number)
+        path.touch()
+        error = 0.05 if number >= 7 else 0.2 - number / 100
+        return trials.Tried("way", path, error, left=[str(i) for i in range(number)])
+
+    monkeypatch.setattr(trials.Trials, "_tried", trial)
+    monkeypatch.setattr(trials.Trials, "_guessed", lambda *_: guess)
+    own = trials.Trials.__new__(trials.Trials)
+    own.bound = 0.1
+    found = own._with_floats(Way("way", None, [None] * 40), tmp_path, trial(own, None, None, 0))
+    assert len(found.left) == 7
+    assert found.path.exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"7"}
+    assert len(tried) <= 11

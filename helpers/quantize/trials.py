@@ -145,13 +145,16 @@ class Trials:
             worse.drop()
             if not self._held(tried):
                 failed, number = number, number + max(1, number // 4)
-        while self._held(best) and number - 1 > failed:
-            fewer = self._tried(way, base, number - 1)
-            if not self._held(fewer):
+        step = 1
+        while self._held(best) and number - failed > 1:  # back by longer and longer steps
+            middle = max(failed + 1, number - step)
+            fewer = self._tried(way, base, middle)
+            if self._held(fewer):
+                best.drop()
+                best, number, step = fewer, middle, 2 * step
+            else:
                 fewer.drop()
-                break
-            best.drop()
-            best, number = fewer, number - 1
+                failed, step = middle, max(1, (number - middle) // 2)
         return best
 
     def _held(self, tried: Tried) -> bool:
