@@ -254,7 +254,7 @@ def accepted():
         for one in OPERATORS[kind].inputs:
             for layout in one.layouts:
                 options = [axis[0] for axis in layout.split() if "|1" in axis]
-                for single in {"", *options, "".join(options)}:
+                for single in dict.fromkeys(("", *options, "".join(options))):
                     label = f"{kind[1]}-{kind[0]}-{one.name}-{one.holds.name}-{layout}-{single}"
                     yield pytest.param(kind, one, layout, single, id=label)
 
