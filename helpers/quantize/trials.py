@@ -145,16 +145,16 @@ class Trials:
             worse.drop()
             if not self._held(tried):
                 failed, number = number, number + max(1, number // 4)
-        step = 1
-        while self._held(best) and number - failed > 1:  # back by longer and longer steps
-            middle = max(failed + 1, number - step)
+        step = 0 if failed else 1  # back by longer and longer steps, and then by halves
+        while self._held(best) and number - failed > 1:
+            middle = max(failed + 1, number - step) if step else (failed + number) // 2
             fewer = self._tried(way, base, middle)
             if self._held(fewer):
                 best.drop()
                 best, number, step = fewer, middle, 2 * step
             else:
                 fewer.drop()
-                failed, step = middle, max(1, (number - middle) // 2)
+                failed, step = middle, 0
         return best
 
     def _held(self, tried: Tried) -> bool:
