@@ -42,6 +42,10 @@ class Judge:
             if self.eight_bits:
                 self._leave_out_rounding()
 
+    @property
+    def _tried(self) -> precision.Tried:
+        return [(case.feed, case.outputs, case.kept) for case in self.cases]
+
     def _measure_noise(self) -> None:
         """How far the reference differs from itself, optimised and not, by output."""
         try:
@@ -59,8 +63,7 @@ class Judge:
                 self.noise[name] = max(self.noise.get(name, 0.0), own)
         optimised.close()
         if self.eight_bits:
-            tried = [(case.feed, case.outputs, case.kept) for case in self.cases[:4]]
-            self.cap = precision.with_scores_off(self.plain.opened, tried)
+            self.cap = precision.with_scores_off(self.plain.opened, self._tried[:4])
 
     def _leave_out_rounding(self) -> None:
         """Make a judge of what the reference computes without its rounding, if it can be told."""
@@ -76,8 +79,7 @@ class Judge:
             return
         plain.name = self.plain.name
         self.unrounded = Judge(plain, cases, None, self.folder, noise=False)
-        tried = [(case.feed, case.outputs, case.kept) for case in self.cases]
-        self.moved = precision.with_steps_off(self.plain.opened, tried)
+        self.moved = precision.with_steps_off(self.plain.opened, self._tried)
 
     def judged(self, model: Model) -> Candidate:
         other = self._loaded(model, optimise=not self.eight_bits)
@@ -133,7 +135,7 @@ class Judge:
         for case in self.cases:
             try:
                 outputs = other.run(case.feed.arrays)
-            except Exception as error:  # as above: that it fails is the answer
+            except Exception as error:  # ONNX Runtime's own types: that it fails is the answer
                 candidate.held, candidate.max_abs_diff = False, float("inf")
                 candidate.reason = f"fails on {case.feed.name}: {files.told(error)}"
                 candidate.feed = case.feed
@@ -204,9 +206,8 @@ class Judge:
         if self.plain.opened is None or self.tolerance is not None or values.dtype.kind != "f":
             return 0.0
         if self.rounding is None:
-            tried = [(case.feed, case.outputs, case.kept) for case in self.cases]
             by = precision.STEPPED if self.eight_bits else precision.ROUNDED
-            self.rounding = precision.with_scores_rounded(self.plain.opened, tried, by)
+            self.rounding = precision.with_scores_rounded(self.plain.opened, self._tried, by)
         grown = GROWN * self.rounding.get(name, 0.0) * precision.spread(values)
         return min(grown, self._most(candidate, name, values))
 

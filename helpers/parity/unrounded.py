@@ -26,6 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from helpers import files, graph
+from helpers.graph.values import constant
 
 RANGES = {
     ir.DataType.UINT4: (0, 15),
@@ -114,13 +115,8 @@ def _step(node: ir.Node) -> tuple:
     """What `node` rounds to: steps that are made of its input are all alike."""
     if node.op_type != "QuantizeLinear":
         return ("dynamic",)
-    given = [_constant(value) for value in node.inputs[1:]]
+    given = [constant(value) for value in node.inputs[1:]]
     return (node.op_type, *(None if one is None else (str(one.dtype), one.item()) for one in given))
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
 
 
 def _replace(node: ir.Node, tape: ir.tape.Tape, outputs: list[ir.Value]) -> None:
@@ -218,7 +214,7 @@ def _input(node: ir.Node, number: int) -> ir.Value | None:
 
 def _is_single(value: ir.Value) -> bool:
     """Whether it is one number, for the tensor as a whole."""
-    array = _constant(value)
+    array = constant(value)
     return array.size == 1 if array is not None else value.shape is not None and not value.shape
 
 
