@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers import benchmark
+from helpers import benchmark, contenders
 from helpers.contenders import Contender
 from helpers.figures import cells, page
 from helpers.figures.cells import ASSETS
@@ -70,13 +70,13 @@ def measure(
     kept = [one for one in every if one.label in labels or one is every[0]]
     kept = [one for one in kept if not rows[one.label]["reason"]]
     if len(kept) > 1:
-        twin = table.fastest(table.able([*rows.values()], ours=False))
-        again = {one.label: one for one in kept}.get(twin["contender"] if twin else "")
+        best = table.fastest(table.able([*rows.values()], ours=False))
+        of_best = {one.label: one for one in kept}.get(best["contender"] if best else "")
         size = at_most_together(first, kept) + 1
-        if again:
-            label = again.label + table.AGAIN
-            qualities = {**qualities, label: qualities[again.label]}
-            kept.append(dataclasses.replace(again, label=label))
+        if of_best:
+            twin = contenders.again(of_best)
+            qualities = {**qualities, twin.label: qualities[of_best.label]}
+            kept.append(twin)
         later = benchmark.run(kept, {name: arrays}, rounds=rounds, repeats=repeats, at_once=size)[
             name
         ]
