@@ -1,6 +1,7 @@
 """The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -144,6 +145,17 @@ def _quantize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
+def _run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers.figures import notebooks
+
+    done = notebooks.run_all(arguments.names, in_place=arguments.in_place)
+    lines = [
+        f"{one['notebook']}: {one['seconds']} s, {one['memory'] / 2**30:.1f} GiB\n{one['result']}"
+        for one in done
+    ]
+    return DONE, {"notebooks": done}, "\n".join(lines)
+
+
 def _save_cut(arguments: argparse.Namespace, explanation: Any) -> None:
     """Write the neighbourhood of the first reason's node, as a picture or a model."""
     from helpers import graph, view
@@ -284,6 +296,15 @@ def _view_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chromium", metavar="FILE", help="what draws the picture")
 
 
+def _run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "names", nargs="*", metavar="NN", help="beginnings of notebooks' names; all unless given"
+    )
+    command.add_argument(
+        "--in-place", action="store_true", help="write them where they are, and the README's table"
+    )
+
+
 # Each command: what it runs, what it takes, and what it is for.
 COMMANDS = {
     "inspect": (_inspect, _model_options, "opset, operators and attention sites of a model"),
@@ -296,6 +317,7 @@ COMMANDS = {
         _view_options,
         "Netron on the part of a model that matters, live or as a picture",
     ),
+    "run": (_run, _run_options, "run notebooks of this repository, into exports/"),
 }
 
 
@@ -318,9 +340,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     parsed = _parser(prog).parse_args(arguments)
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
-    models = getattr(parsed, "models", None) or [parsed.model]
+    models = getattr(parsed, "models", None) or [getattr(parsed, "model", None)]
+    bounded = bounds.bounded(models) if models[0] else contextlib.nullcontext()
     try:
-        with progress_on(sys.stderr), bounds.bounded(models):
+        with progress_on(sys.stderr), bounded:
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
@@ -328,9 +351,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(packages.missing(error, models[0]), file=sys.stderr)
+        print(packages.missing(error, models[0] or prog), file=sys.stderr)
         return BAD_INPUT
     except Exception as error:  # a damaged model that loads can make any library raise anything
+        if not models[0]:
+            raise
         line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT

@@ -43,7 +43,7 @@ def progress_on(stream: TextIO) -> Iterator[None]:
 
 
 class OneLine(logging.Handler):
-    """Show progress in a notebook: a line that ends in "…" is overwritten by the next of its cell."""
+    """Progress in a notebook: a line that ends in "…" is overwritten by the next of its cell."""
 
     def __init__(self) -> None:
         super().__init__()

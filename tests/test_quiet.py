@@ -3,7 +3,12 @@
 import nbclient
 import nbformat
 
-FIRST = "from helpers import quiet\nquiet.notebook()\nimport logging\nlog = logging.getLogger('helpers.a')"
+FIRST = """
+import logging
+from helpers import quiet
+quiet.notebook()
+log = logging.getLogger("helpers.a")
+"""
 SECOND = """
 for number in range(3):
     log.info(f"round {number} …")

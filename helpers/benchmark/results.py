@@ -231,4 +231,3 @@ def gap(expected: np.ndarray, array: np.ndarray) -> float:
     if expected.shape != array.shape:
         return np.inf
     return float(np.max(np.abs(np.subtract(expected, array, dtype=float))))
-

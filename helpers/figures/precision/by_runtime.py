@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.figures.cells import CELL
 from helpers.contenders import AGAIN
+from helpers.figures.cells import CELL
 from helpers.figures.precision.table import Row
 
 RUNTIMES = ("PyTorch", "ONNX Runtime", "ONNX Runtime with OpenVINO", "OpenVINO")
