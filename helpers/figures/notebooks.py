@@ -75,6 +75,7 @@ def run(path: Path, out: Path | None = None) -> dict[str, Any]:
         timeout=None,
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=_progress(notebook, path.stem),
     )
