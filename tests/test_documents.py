@@ -85,7 +85,8 @@ def test_small_enough_to_render():
 
 def test_fixed_sections_and_opening(notebook):
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    assert re.findall(r"^## (.+)$", "\n".join(prose), re.M) == SECTIONS
+    if "start here" not in prose[0].lower():  # which is no model's
+        assert re.findall(r"^## (.+)$", "\n".join(prose), re.M) == SECTIONS
     assert prose[0].startswith("# ")
     for part in OPENING:
         assert f"**{part}" in prose[0]
@@ -95,8 +96,22 @@ def test_cells_are_short_and_plain(notebook):
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert len(cell.source.splitlines()) <= 12, cell.source
         assert not re.search(PLUMBING, cell.source, re.M), cell.source
+
+
+def test_the_failure_comes_first(notebook):
+    """The first cell that a page shows is the call that a reader would make, and its 0."""
+    if "model" in tags(notebook):
+        return  # 00 writes its model first
+    shown = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first = next(cell for cell in shown if "hide-input" not in cell.metadata.get("tags", []))
+    assert re.search(r"optimizer\.optimize_model|optimize_model\(", first.source)
+    assert re.search(r": 0\b", text_of(first.outputs[-1]))
+
+
+def tags(notebook) -> set[str]:
+    return {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
 
 
 def test_runs_within_its_budget_and_says_so(notebook):
@@ -108,7 +123,7 @@ def test_runs_within_its_budget_and_says_so(notebook):
     assert re.search(r"\w", run["processor"])
     said = re.search(TAKES, notebook.cells[0].source)
     seconds = 60 * NUMBERS.index(said["minutes"])
-    assert run["seconds"] <= seconds <= 2 * run["seconds"]
+    assert run["seconds"] <= seconds <= max(2 * run["seconds"], 60)
     assert run["memory"] <= int(said["gibibytes"]) * 2**30
 
 
