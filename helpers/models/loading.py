@@ -126,6 +126,8 @@ def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
 
     import torch
 
+    Output = _sentence_output()  # before the model is traced, in which it cannot be registered
+
     class SentenceEncoder(base):
         def forward(self, input_ids, attention_mask, **others):
             states = super().forward(input_ids, attention_mask=attention_mask, **others)[0]
@@ -133,16 +135,14 @@ def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
             mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
             embedding = torch.nn.functional.normalize(mean, dim=1)
             # "embedding" alone would be the name of the look-up in an exported graph
-            return _sentence_output()(sentence_embedding=embedding)
+            return Output(sentence_embedding=embedding)
 
     return SentenceEncoder
 
 
 @functools.cache
 def _sentence_output() -> type:
-    """The class of what a sentence encoder returns: exporters know the fields of a subclass of
-    ModelOutput, and not those of one that is made of it."""
-    import torch
+    """The class of what a sentence encoder returns."""
     from transformers.utils import ModelOutput
 
     @dataclass
