@@ -170,9 +170,7 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     shown = view.cut(arguments.model, **choice)
     if arguments.json:
         return DONE, shown.to_json(), ""
-    import netron
-
-    arguments.wait = netron.wait  # once the address is printed
+    arguments.wait = view.wait  # once the address is printed
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
