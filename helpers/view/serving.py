@@ -58,8 +58,8 @@ SHOW = """async (output, port, path, height) => {
         addresses.push(new URL(`${jupyter}proxy/${port}/${path}`, location.href).href);
     }
     for (const address of addresses) {
-        const answer = await fetch(address).catch(() => null);
-        if (answer && answer.ok) {
+        const page = await fetch(address).then(answer => answer.text(), () => "");
+        if (page.includes("consent.js")) {  // and not another program on the port, or Jupyter's 404
             const frame = document.createElement("iframe");
             Object.assign(frame, { src: address, title: "Netron", width: "100%", height });
             frame.style.border = "none";
@@ -68,8 +68,8 @@ SHOW = """async (output, port, path, height) => {
         }
     }
     output.textContent = `Netron runs on port ${port} of the kernel's machine, which this page does`
-        + " not reach. Install jupyter-server-proxy beside Jupyter, start Jupyter again and run"
-        + ` this cell; or forward it (ssh -L ${port}:localhost:${port} HOST) and open ${direct}`;
+        + " not reach. Install jupyter-server-proxy beside Jupyter and restart it, or forward the"
+        + ` port (ssh -L ${port}:localhost:${port} HOST) and open ${direct}`;
 }"""
 
 
