@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote, unquote, urlsplit
 
 logger = logging.getLogger(__name__)
@@ -145,10 +146,7 @@ def html(path: str, height: int) -> str:
     return f"<div>Run this cell to see the graph here.<script>({SHOW})({call})</script></div>"
 
 
-def wait() -> None:
-    """Serve until Ctrl-C."""
-    try:
-        while True:
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return
+def wait() -> NoReturn:
+    """Keep the process, and so its `server`, alive until Ctrl-C."""
+    while True:
+        time.sleep(1)
