@@ -27,7 +27,7 @@ REMOTE = "lab.example"  # this machine, under a name that does not say so
 SHOW = 'from helpers import view\nview.show("tiny.onnx", "n_softmax", up=2, down=1)'
 NODES = {f"node-name-{name}" for name in ("n_scores", "n_scale", "n_softmax", "n_context")}
 
-# What the reader's JupyterLab need not do here: ask for news and take only what is near the screen.
+# Not as for a reader: all cells are drawn, also those far from the screen, and no news is fetched.
 SETTINGS = {
     "notebook-extension/tracker": '{"windowingMode": "none"}',
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
@@ -43,7 +43,7 @@ class Lab(NamedTuple):
         return f"{folder}/live.ipynb?reset".replace("localhost", host, 1)
 
 
-def settings(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """The environment of a JupyterLab whose own files are all in `folder`."""
     for name, text in SETTINGS.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -92,7 +92,9 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     command += [f"--{name}={value}" for name, value in options.items()]
     opened = own / "opened"
     with (own / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=settings(own), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(own), stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + 60
         while not opened.exists():
