@@ -22,6 +22,7 @@ from helpers import view
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ".venv/bin/jupyter lab --ServerApp.root_dir=. notebooks/01_wav2vec2.ipynb"
+TOKEN = "open-sesame"
 REMOTE = "lab.example"  # this machine, under a name that does not say so
 
 SHOW = 'from helpers import view\nview.show("tiny.onnx", "n_softmax", up=2, down=1)'
@@ -39,8 +40,8 @@ class Lab(NamedTuple):
     opened: str  # the address that it opens in a browser
 
     def live(self, host: str) -> str:
-        folder = self.opened.rpartition("/")[0]
-        return f"{folder}/live.ipynb?reset".replace("localhost", host, 1)
+        address = self.opened.replace("localhost", host, 1)
+        return re.sub(r"[^/]*$", f"live.ipynb?reset&token={TOKEN}", address)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -84,7 +85,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         "ServerApp.port": port,
         "ServerApp.base_url": "/user/ada/",
         "ServerApp.allow_remote_access": True,
-        "IdentityProvider.token": "",
+        "IdentityProvider.token": TOKEN,
         "LabApp.news_url": None,
         "LabApp.extension_manager": "readonly",
     }
@@ -151,7 +152,13 @@ def run(page, address: str) -> None:
     """Run the one cell of the notebook there."""
     page.goto(address)
     page.locator(".jp-CodeCell .cm-content").click()
-    page.keyboard.press("Control+Enter")
+    prompt = ".jp-CodeCell .jp-InputPrompt"
+    for _ in range(9):  # JupyterLab forgets a cell that is run at the moment its kernel has started
+        page.keyboard.press("Control+Enter")
+        page.wait_for_timeout(300)
+        page.wait_for_function(f"!document.querySelector('{prompt}').innerText.includes('*')")
+        if page.locator(prompt).inner_text() != "[ ]:":
+            break
 
 
 def drawn(page) -> tuple[str, set[str]]:
