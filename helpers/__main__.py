@@ -182,9 +182,7 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     shown = view.cut(arguments.model, **choice)
     if arguments.json:
         return DONE, shown.to_json(), ""
-    import netron
-
-    arguments.wait = netron.wait  # once the address is printed
+    arguments.wait = view.wait  # once the address is printed
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
@@ -359,12 +357,13 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
         line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT
+    wait = getattr(parsed, "wait", None)
     try:
         print(json.dumps(answer) if parsed.json else text, flush=True)
-        if wait := getattr(parsed, "wait", None):
+        if wait:
             wait()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return status if wait else INTERRUPTED  # what waits is ended so
     except BrokenPipeError:  # as in ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
