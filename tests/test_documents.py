@@ -83,6 +83,14 @@ def test_small_enough_to_render():
         assert path.stat().st_size < 400_000, path
 
 
+def test_the_repository_holds_no_model():
+    """What tools write beside their work is not committed by mistake."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / name for name in listed.stdout.splitlines()]
+    assert not [path for path in paths if path.suffix in (".onnx", ".data")]
+    assert max(path.stat().st_size for path in paths if path.is_file()) < 500_000
+
+
 def test_fixed_sections_and_opening(notebook):
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     if "start here" not in prose[0].lower():  # which is no model's
