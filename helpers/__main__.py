@@ -1,6 +1,7 @@
 """The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -176,6 +177,13 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
+def _pages(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers.figures import pages
+
+    made = pages.build(arguments.out)
+    return DONE, made.to_json(), str(made)
+
+
 def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, metavar="MODEL.onnx")
 
@@ -284,6 +292,10 @@ def _view_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chromium", metavar="FILE", help="what draws the picture")
 
 
+def _pages_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
+
+
 # Each command: what it runs, what it takes, and what it is for.
 COMMANDS = {
     "inspect": (_inspect, _model_options, "opset, operators and attention sites of a model"),
@@ -296,6 +308,7 @@ COMMANDS = {
         _view_options,
         "Netron on the part of a model that matters, live or as a picture",
     ),
+    "pages": (_pages, _pages_options, "README, notebooks and results as pages, for a browser"),
 }
 
 
@@ -318,9 +331,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     parsed = _parser(prog).parse_args(arguments)
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
-    models = getattr(parsed, "models", None) or [parsed.model]
+    models = getattr(parsed, "models", None) or ([parsed.model] if "model" in parsed else [])
+    task = models[0] if models else parsed.out
+    limits = bounds.bounded(models) if models else contextlib.nullcontext()
     try:
-        with progress_on(sys.stderr), bounds.bounded(models):
+        with progress_on(sys.stderr), limits:
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
@@ -328,10 +343,12 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(packages.missing(error, models[0]), file=sys.stderr)
+        print(packages.missing(error, task), file=sys.stderr)
         return BAD_INPUT
     except Exception as error:  # a damaged model that loads can make any library raise anything
-        line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
+        if not models:
+            raise  # it is ours
+        line = f"{task}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT
     try:
