@@ -73,7 +73,7 @@ def site(tmp_path_factory) -> Path:
     assert made["folder"] == str(out)
     assert made["pages"][: len(notebooks) + 1] == ["index.html", *notebooks]
     assert "assets/results.html" in made["pages"]
-    assert ended.stderr == f"{out}: making {len(made['pages'])} pages …\n"
+    assert ended.stderr == f"making {len(made['pages'])} pages …\n"
     return out
 
 
@@ -373,10 +373,16 @@ def test_what_cannot_be_moved_leaves_the_old_pages(quick, tmp_path, monkeypatch)
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(files.BadInput, match="found: full; make room"):
         building.build(out)
     assert sorted(out.rglob("*")) == before
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_without_sphinx_its_package_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "myst_nb", None)
+    line = refused(capfd, tmp_path / "out")
+    assert "expected the package myst_nb, found that it is not installed; pip install" in line
 
 
 def test_without_a_readme_or_a_notebook(tmp_path):

@@ -35,33 +35,50 @@ def build(out: str | Path, root: Path = sources.ROOT) -> Pages:
     """Make the pages of the repository at `root` in the folder `out`, which appears whole or not at
     all; pages that were made before are replaced.
 
-    Raises `BadInput` on an `out` that is there and has anything else in it, on warnings of Sphinx,
-    and where there is nothing to make pages of.
+    Raises `BadInput` on an `out` that is there and has anything else in it, or cannot be written,
+    on a warning of Sphinx, and where there is nothing to make pages of.
     """
     out = Path(out).resolve()
     _replaceable(out)
     if not out.parent.is_dir():
         raise BadInput(f"{out}: expected an existing folder, found none; create {out.parent}")
-    with tempfile.TemporaryDirectory() as work, files.scratch(out) as draft:
-        pages = sources.copy(Path(work) / "sources", root)
-        logger.info("%s: making %d pages …", out, len(pages))
-        _run_sphinx(Path(work) / "sources", draft, Path(work) / "doctrees")
-        for page in pages:  # to be downloaded as they are, and not as Sphinx was given them
-            original = "README.md" if page.stem == "index" else page
-            shutil.copyfile(root / original, draft / "_sources" / page)
-        made = sorted(file.relative_to(draft).as_posix() for file in draft.rglob("*"))
-        (draft / MARKER).write_text("\n".join(made), encoding="utf-8")
-        _replaceable(out)  # it took a while
-        old = draft.with_name("old")
-        if out.exists():
-            out.replace(old)
-        try:
-            draft.replace(out)
-        except OSError:
-            if old.exists():
-                old.replace(out)
-            raise
+    try:
+        with tempfile.TemporaryDirectory() as work, files.scratch(out) as draft:
+            pages = _make(draft, root, Path(work))
+            _replaceable(out)  # it took a while
+            _put(draft, out)
+    except OSError as error:
+        raise BadInput(
+            f"{out}: expected a folder that can be written, found: {error.strerror or error}; make"
+            " room, or choose another"
+        ) from None
     return Pages(out, [page.with_suffix(".html") for page in pages])
+
+
+def _make(out: Path, root: Path, work: Path) -> list[Path]:
+    """Make the pages in `out`, by way of the folder `work`; returns their sources, from `root`."""
+    pages = sources.copy(work / "sources", root)
+    logger.info("making %d pages …", len(pages))
+    _run_sphinx(work / "sources", out, work / "doctrees")
+    for page in pages:  # to be downloaded as they are, and not as Sphinx was given them
+        original = "README.md" if page.stem == "index" else page
+        shutil.copyfile(root / original, out / "_sources" / page)
+    made = sorted(file.relative_to(out).as_posix() for file in out.rglob("*"))
+    (out / MARKER).write_text("\n".join(made), encoding="utf-8")
+    return pages
+
+
+def _put(draft: Path, out: Path) -> None:
+    """Move `draft` to `out`; what was there goes with the folder of `draft`, or comes back."""
+    old = draft.with_name(f"{draft.name}.old")
+    if out.exists():
+        out.replace(old)
+    try:
+        draft.replace(out)
+    except OSError:
+        if old.exists():
+            old.replace(out)
+        raise
 
 
 def _replaceable(out: Path) -> None:

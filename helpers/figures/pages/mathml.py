@@ -23,7 +23,7 @@ def _inline(translator: Any, node: Any) -> None:
 
 
 def _block(translator: Any, node: Any) -> None:
-    translator.body.append(f'<div class="math">{_markup(node, as_block=True)}</div>\n')
+    translator.body.append(f'<div class="formula">{_markup(node, as_block=True)}</div>\n')
     raise nodes.SkipNode
 
 

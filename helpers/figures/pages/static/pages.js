@@ -14,7 +14,7 @@ document.addEventListener("DOMContentLoaded", () => {
     else box.removeAttribute("tabindex");
   };
   const watch = new ResizeObserver((changes) => changes.forEach(({ target }) => reach(target)));
-  const boxes = ".picture, .pst-scrollable-table-container, div.math";
+  const boxes = ".picture, .pst-scrollable-table-container, .formula";
   document.querySelectorAll(boxes).forEach((box) => watch.observe(box));
   document.querySelectorAll(".picture img").forEach((picture) => {
     picture.addEventListener("load", () => reach(picture.parentNode));
