@@ -92,15 +92,14 @@ def chromium(program: str) -> Iterator[browser.Browser]:
 
 
 @contextmanager
-def visited(chromium: Any, url: str, width: int, scheme: str) -> Iterator[tuple[Any, list[str]]]:
-    """The page at `url`, and a list of what goes wrong on it."""
+def reading(chromium: Any, width: int, scheme: str) -> Iterator[tuple[Any, list[str]]]:
+    """A page to be sent from one address to the next, and a list of what goes wrong there."""
     size = {"width": width, "height": 900}
     wrong: list[str] = []
     with browser.empty_page(chromium, viewport=size, color_scheme=scheme) as page:
         page.on("console", lambda told: told.type != "log" and wrong.append(told.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith(LOCAL) or wrong.append(asked.url))
-        page.goto(url)
         yield page, wrong
 
 
@@ -109,21 +108,31 @@ def visited(chromium: Any, url: str, width: int, scheme: str) -> Iterator[tuple[
 
 @pytest.mark.parametrize(("width", "scheme"), LOOKED_FOR)
 def test_each_page_is_whole_and_asks_nobody(width, scheme, site, pages, chromium):
-    def read(started, name: str) -> list[str]:
-        with visited(started, (site / name).as_uri(), width, scheme) as (page, wrong):
-            wrong += [f"not loaded: {picture}" for picture in page.evaluate(NOT_LOADED)]
-            wide = page.evaluate("document.documentElement.scrollWidth")
-            wrong += [f"{wide} pixels wide"] if wide > width else []
-            assert page.evaluate("document.documentElement.dataset.theme") == scheme
-            assert page.locator(".search-button-field:visible").count() <= 1
-            page.wait_for_timeout(100)  # the theme waits before it looks at what scrolls
-            wrong += [f"out of reach: {box[:100]}" for box in page.evaluate(OUT_OF_REACH)]
-            for options in LOOKED_FOR[width, scheme]:
-                wrong += serious(page, options)
-        return wrong
+    def read(started) -> dict[str, list[str]]:
+        found = {}
+        with reading(started, width, scheme) as (page, wrong):
+            for name in pages:
+                page.goto((site / name).as_uri())
+                assert page.evaluate("document.documentElement.dataset.theme") == scheme
+                assert page.locator(".search-button-field:visible").count() <= 1
+                found[name] = [*seen(page, width), *wrong]
+                for options in LOOKED_FOR[width, scheme]:
+                    found[name] += serious(page, options)
+                wrong.clear()
+        return found
 
-    found = {name: chromium.run(read, name) for name in pages}
-    assert not {name: wrong for name, wrong in found.items() if wrong}
+    assert not {name: wrong for name, wrong in chromium.run(read).items() if wrong}
+
+
+def seen(page: Any, width: int) -> list[str]:
+    """What is missing on a `page`, too wide for it, or cannot be reached."""
+    page.wait_for_timeout(100)  # the theme waits before it looks at what scrolls
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    return [
+        *(f"not loaded: {picture}" for picture in page.evaluate(NOT_LOADED)),
+        *(f"out of reach: {box[:100]}" for box in page.evaluate(OUT_OF_REACH)),
+        *([f"{wide} pixels wide"] if wide > width else []),
+    ]
 
 
 def serious(page: Any, options: dict[str, Any]) -> list[str]:
@@ -156,19 +165,26 @@ def rare_words() -> dict[str, str]:
 
 
 def test_the_search_finds_a_word_of_each_notebook(site, chromium):
-    def results(started, word: str) -> list[str]:
-        with visited(started, (site / "index.html").as_uri(), 1280, "light") as (page, wrong):
-            page.keyboard.press("Control+k")
-            page.keyboard.type(word)
-            page.keyboard.press("Enter")
-            page.wait_for_url("**/search.html*")
-            page.get_by_text("Search finished").wait_for()
-            assert not wrong
-            links = page.locator("#search-results li a").all()
-            return [Path(urlsplit(link.get_attribute("href")).path).stem for link in links]
+    words = rare_words()
 
-    for notebook, word in rare_words().items():
-        assert chromium.run(results, word) == [notebook], word
+    def results(started) -> dict[str, list[str]]:
+        found = {}
+        with reading(started, 1280, "light") as (page, wrong):
+            for notebook, word in words.items():
+                page.goto((site / "index.html").as_uri())
+                page.keyboard.press("Control+k")
+                page.keyboard.type(word)
+                page.keyboard.press("Enter")
+                page.wait_for_url("**/search.html*")
+                page.get_by_text("Search finished").wait_for()
+                links = page.locator("#search-results li a").all()
+                found[notebook] = [link.get_attribute("href") for link in links]
+            assert not wrong
+        return found
+
+    for notebook, links in chromium.run(results).items():
+        paths = [urlsplit(link).path for link in links]
+        assert paths == [f"notebooks/{notebook}.html"], words[notebook]
 
 
 def test_a_search_on_a_server_shows_where_the_word_stands(site, chromium):
@@ -187,7 +203,8 @@ def test_a_search_on_a_server_shows_where_the_word_stands(site, chromium):
 
 def test_the_mode_can_be_chosen(site, chromium):
     def chosen(started) -> str:
-        with visited(started, (site / "index.html").as_uri(), 1280, "light") as (page, _):
+        with reading(started, 1280, "light") as (page, _):
+            page.goto((site / "index.html").as_uri())
             page.get_by_label("Color mode").click()
             page.get_by_text("Dark").click()
             page.goto((site / f"notebooks/{NOTEBOOKS[0].stem}.html").as_uri())
