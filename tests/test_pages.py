@@ -224,11 +224,14 @@ class Read(HTMLParser):
         self.links: list[str] = []
         self.loaded: list[str] = []
         self.names: set[str] = set()
+        self.pictures: dict[str, str] = {}  # the alt text of each
         self.next: str | None = None
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        if tag == "img":
+            self.pictures[given["src"]] = given["alt"]
         self.names |= {given[key] for key in ("id", "name") if given.get(key)}
         self.loaded += [given["src"]] if given.get("src") else []
         if given.get("href"):
@@ -251,6 +254,12 @@ def test_no_link_is_dead(site, pages):
             if not target.is_file() or (url.fragment and unquote(url.fragment) not in names):
                 dead.append(f"{path.name}: {link}")
     assert not dead
+
+
+def test_pictures_have_words_for_who_does_not_see_them(site, pages):
+    for name in pages:
+        for source, words in Read(site / name).pictures.items():
+            assert " " in words, f"{name}: {source}: {words!r}"
 
 
 def test_from_page_to_page(site):

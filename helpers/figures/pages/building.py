@@ -133,7 +133,7 @@ def configuration(source: Path) -> dict[str, Any]:
     title = (source / "index.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
     return {
         "project": title.partition(":")[0],
-        "extensions": ["myst_nb", "helpers.figures.pages.mathml"],
+        "extensions": ["myst_nb", "helpers.figures.pages.extension"],
         "include_patterns": ["index.md", *sources.GROUPS.values()],
         "language": "en",
         "smartquotes": False,
