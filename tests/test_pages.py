@@ -150,22 +150,21 @@ def serious(page: Any, options: dict[str, Any]) -> list[str]:
 
 
 def rare_words() -> dict[str, str]:
-    """For each notebook, a word of its text that no other page has."""
-    texts = {path: path.read_text("utf-8") for path in NOTEBOOKS}
-    others = [path.read_text("utf-8") for path in (ROOT / "README.md", *ROOT.glob("assets/*.md"))]
+    """For each notebook, the word of its text that the fewest other pages have."""
+    texts = {path: path.read_text("utf-8") for path in (*NOTEBOOKS, ROOT / "README.md")}
     found = {}
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
         prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
-        elsewhere = [*others, *(text for one, text in texts.items() if one != path)]
-        words = Counter(re.findall(r"(?<![\w./`])[a-z]{7,}(?![\w./`])", prose))
-        rare = (word for word, _ in words.most_common() if not any(word in e for e in elsewhere))
-        found[path.stem] = next(rare)
+        prose = re.sub(r"!\[.*?\]\(.*?\)|\$.*?\$|`.*?`|<.*?>", " ", prose, flags=re.S)
+        words = Counter(re.findall(r"(?<![\w./-])[a-z]{7,}(?![\w./-])", prose))
+        others = [text for one, text in texts.items() if one != path]
+        found[path.stem] = min(words, key=lambda word: sum(word in text for text in others))
     return found
 
 
 def test_the_search_finds_a_word_of_each_notebook(site, chromium):
-    words = rare_words()
+    words = rare_words() | {"none": "xylophonequartz"}
 
     def results(started) -> dict[str, list[str]]:
         found = {}
@@ -176,7 +175,7 @@ def test_the_search_finds_a_word_of_each_notebook(site, chromium):
                 page.keyboard.type(word)
                 page.keyboard.press("Enter")
                 page.wait_for_url("**/search.html*")
-                page.get_by_text("Search finished").wait_for()
+                page.get_by_text(re.compile("Search finished|did not match")).wait_for()
                 links = page.locator("#search-results li a").all()
                 found[notebook] = [link.get_attribute("href") for link in links]
             assert not wrong
@@ -184,7 +183,8 @@ def test_the_search_finds_a_word_of_each_notebook(site, chromium):
 
     for notebook, links in chromium.run(results).items():
         paths = [urlsplit(link).path for link in links]
-        assert paths == [f"notebooks/{notebook}.html"], words[notebook]
+        assert (f"notebooks/{notebook}.html" in paths) == (notebook != "none"), words[notebook]
+        assert len(paths) <= len(NOTEBOOKS), words[notebook]
 
 
 def test_a_search_on_a_server_shows_where_the_word_stands(site, chromium):

@@ -142,6 +142,8 @@ def configuration(source: Path) -> dict[str, Any]:
         "myst_heading_anchors": 4,  # as GitHub has them: links to headings
         "nb_execution_mode": "off",  # they are committed with their outputs
         "nb_merge_streams": True,
+        "nb_code_prompt_show": "Show {type}",  # of cells that are tagged hide-input
+        "nb_code_prompt_hide": "Hide {type}",
         "nb_ipywidgets_js": {},
         "html_theme": "sphinx_book_theme",
         "html_title": title.partition(":")[0],
