@@ -284,14 +284,17 @@ BUILD += "\nprint(pages.build(sys.argv[1], Path(sys.argv[2])))"
 README = """# Small: a repository
 
 [One](notebooks/00_one.ipynb#last), the [code](helpers/), [a module](helpers/a.py).
+
+<img src="assets/a.svg" alt="a square of red" width="20">
 """
 
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A README, a module and a notebook, with a cell to be folded, a formula, and a link back."""
+    """A README, a module, a picture, and a notebook with a folded cell, a formula and a link back."""
     root = tmp_path / "repository"
-    for name, text in {"README.md": README, "helpers/a.py": "A = 1\n"}.items():
+    red = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    for name, text in {"README.md": README, "helpers/a.py": "A = 1\n", "assets/a.svg": red}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     cells = [
@@ -312,7 +315,9 @@ def test_links_to_what_is_no_page_and_cells_that_are_folded(repository, tmp_path
     assert ended.stdout == f"{tmp_path / 'out' / 'index.html'}: 2 pages\n"
     index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "the code, <a" in index
-    links = Read(tmp_path / "out" / "index.html").links
+    read = Read(tmp_path / "out" / "index.html")
+    assert read.pictures == {"_images/a.svg": "a square of red"}
+    links = read.links
     [module] = [link for link in links if link.endswith("a.py")]
     assert (tmp_path / "out" / module).read_text(encoding="utf-8") == "A = 1\n"
     assert "notebooks/00_one.html#last" in links

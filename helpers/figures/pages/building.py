@@ -138,7 +138,7 @@ def configuration(source: Path) -> dict[str, Any]:
         "language": "en",
         "smartquotes": False,
         "highlight_language": "none",  # of code that does not say what it is
-        "myst_enable_extensions": ["dollarmath"],
+        "myst_enable_extensions": ["alert", "dollarmath", "html_image"],  # as GitHub has them
         "myst_heading_anchors": 4,  # as GitHub has them: links to headings
         "nb_execution_mode": "off",  # they are committed with their outputs
         "nb_merge_streams": True,

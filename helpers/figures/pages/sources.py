@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[3]
 GROUPS = {"Notebooks": "notebooks/*.ipynb", "Results": "assets/*.md"}
 
 # What lies in the repository and may be linked to: a file that is no page is there to download.
-COPIED = ("notebooks", "assets", "helpers", "tests", "requirements.txt", "pyproject.toml")
+COPIED = ("notebooks", "assets", "helpers", "tests", ".ci", ".github")
+COPIED += ("requirements.txt", "pyproject.toml")
 
 # [text](target), with an anchor behind the target or not, as in Markdown and in a notebook's JSON.
 LINK = re.compile(r"(?<!!)\[([^][]+)\]\(([\w./ -]+)((?:#[^)\s]*)?)\)")
@@ -42,17 +43,19 @@ def copy(folder: Path, root: Path = ROOT) -> list[Path]:
     groups = {name: sorted(folder.glob(pattern)) for name, pattern in GROUPS.items()}
     pages = [index, *(page for group in groups.values() for page in group)]
     for page in pages:
-        text = LINK.sub(lambda link, page=page: _link(link, page), page.read_text("utf-8"))
+        beside = root / page.parent.relative_to(folder)
+        text = LINK.sub(lambda link, beside=beside: _link(link, beside), page.read_text("utf-8"))
         page.write_text(text, encoding="utf-8")
     with index.open("a", encoding="utf-8") as file:
         file.writelines(_contents(groups, folder))
     return [page.relative_to(folder) for page in pages]
 
 
-def _link(link: re.Match, page: Path) -> str:
-    """A link of `page` as it is in the pages: the README is the index, a folder no page at all."""
+def _link(link: re.Match, beside: Path) -> str:
+    """A link as the pages have it, from the folder that it is relative to, `beside`: the README is
+    the index, and a folder no page at all."""
     text, target, anchor = link.groups()
-    if (page.parent / target).is_dir():
+    if (beside / target).is_dir():
         return text
     return f"[{text}]({re.sub(r'README.md$', 'index.md', target)}{anchor})"
 
