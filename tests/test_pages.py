@@ -291,7 +291,7 @@ README = """# Small: a repository
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A README, a module, a picture, and a notebook with a folded cell, a formula and a link back."""
+    """A README, a module, a picture; a notebook with a folded cell, a formula and a link back."""
     root = tmp_path / "repository"
     red = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
     for name, text in {"README.md": README, "helpers/a.py": "A = 1\n", "assets/a.svg": red}.items():
