@@ -186,6 +186,13 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
 
 
+def _pages(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers.figures import pages
+
+    made = pages.build(arguments.out)
+    return DONE, made.to_json(), str(made)
+
+
 def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, metavar="MODEL.onnx")
 
@@ -303,6 +310,10 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _pages_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
+
+
 # Each command: what it runs, what it takes, and what it is for.
 COMMANDS = {
     "inspect": (_inspect, _model_options, "opset, operators and attention sites of a model"),
@@ -316,6 +327,7 @@ COMMANDS = {
         "Netron on the part of a model that matters, live or as a picture",
     ),
     "run": (_run, _run_options, "run notebooks of this repository, into exports/"),
+    "pages": (_pages, _pages_options, "README, notebooks and results as pages, for a browser"),
 }
 
 
@@ -338,10 +350,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     parsed = _parser(prog).parse_args(arguments)
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
-    models = getattr(parsed, "models", None) or [getattr(parsed, "model", None)]
-    bounded = bounds.bounded(models) if models[0] else contextlib.nullcontext()
+    models = getattr(parsed, "models", None) or ([parsed.model] if "model" in parsed else [])
+    task = models[0] if models else prog
+    limits = bounds.bounded(models) if models else contextlib.nullcontext()
     try:
-        with progress_on(sys.stderr), bounded:
+        with progress_on(sys.stderr), limits:
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
@@ -349,12 +362,12 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(packages.missing(error, models[0] or prog), file=sys.stderr)
+        print(packages.missing(error, task), file=sys.stderr)
         return BAD_INPUT
     except Exception as error:  # a damaged model that loads can make any library raise anything
-        if not models[0]:
-            raise
-        line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
+        if not models:
+            raise  # it is ours
+        line = f"{task}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT
     wait = getattr(parsed, "wait", None)
