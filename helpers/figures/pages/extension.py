@@ -4,7 +4,9 @@ Formulas are MathML, which browsers draw themselves; Sphinx's own way loads Math
 The translation is that of docutils, ``docutils.utils.math.latex2mathml``.
 """
 
+from pathlib import Path
 from typing import Any
+from xml.dom import minidom
 
 from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml
@@ -38,12 +40,15 @@ def _markup(node: Any, as_block: bool) -> str:
 
 
 def _describe_pictures(app: Any, page: Any, name: str) -> None:
-    """Where a picture has no alt text, as those that cells draw, it is what the cell printed."""
+    """Where a picture has no alt text, as those that cells draw, it is the title of the drawing."""
     for picture in page.findall(nodes.image):
         if picture.get("alt"):
             continue
-        output = picture.parent
-        while output.parent and "cell_output" not in output.get("classes", ()):
-            output = output.parent
-        printed = [block.astext() for block in output.findall(nodes.literal_block)]
-        picture["alt"] = " ".join(" ".join(printed).split()) or "What the code above draws"
+        file = Path(app.srcdir) / picture["uri"]
+        titles = []
+        if file.suffix == ".svg":
+            titles = minidom.parse(str(file)).getElementsByTagName("title")
+        if titles:
+            picture["alt"] = titles[0].firstChild.data
+        else:
+            logger.warning("a picture without alt text: %s", file.name, location=picture)

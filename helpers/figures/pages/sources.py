@@ -10,7 +10,8 @@ from helpers.errors import BadInput
 ROOT = Path(__file__).parents[3]
 
 # The pages behind the first, which is the README, by their headings in the sidebar.
-GROUPS = {"Notebooks": "notebooks/*.ipynb", "Results": "assets/*.md"}
+GROUPS = {"Notebooks": "notebooks/*.ipynb", "Reference": "helpers/README.md"}
+GROUPS |= {"Results": "assets/*.md"}
 
 # What lies in the repository and may be linked to: a file that is no page is there to download.
 COPIED = ("notebooks", "assets", "helpers", "tests", ".ci", ".github")
@@ -44,20 +45,23 @@ def copy(folder: Path, root: Path = ROOT) -> list[Path]:
     pages = [index, *(page for group in groups.values() for page in group)]
     for page in pages:
         beside = root / page.parent.relative_to(folder)
-        text = LINK.sub(lambda link, beside=beside: _link(link, beside), page.read_text("utf-8"))
+        index_of = root / "README.md"
+        text = LINK.sub(lambda link, at=beside: _link(link, at, index_of), page.read_text("utf-8"))
         page.write_text(text, encoding="utf-8")
     with index.open("a", encoding="utf-8") as file:
         file.writelines(_contents(groups, folder))
     return [page.relative_to(folder) for page in pages]
 
 
-def _link(link: re.Match, beside: Path) -> str:
-    """A link as the pages have it, from the folder that it is relative to, `beside`: the README is
-    the index, and a folder no page at all."""
+def _link(link: re.Match, beside: Path, readme: Path) -> str:
+    """A link as the pages have it, from the folder that it is relative to, `beside`: the `readme`
+    is the index, and a folder no page at all."""
     text, target, anchor = link.groups()
     if (beside / target).is_dir():
         return text
-    return f"[{text}]({re.sub(r'README.md$', 'index.md', target)}{anchor})"
+    if (beside / target).resolve() == readme.resolve():
+        target = target.removesuffix("README.md") + "index.md"
+    return f"[{text}]({target}{anchor})"
 
 
 def _contents(groups: dict[str, list[Path]], folder: Path) -> Iterator[str]:
@@ -70,6 +74,9 @@ def _contents(groups: dict[str, list[Path]], folder: Path) -> Iterator[str]:
 
 
 def title(page: Path) -> str:
-    """A short title for a page, from its file's name: "01 wav2vec2" for 01_wav2vec2.ipynb."""
+    """A short title for a page, from its file's name ("01 wav2vec2" for 01_wav2vec2.ipynb), or
+    where that says nothing, its first heading."""
+    if page.stem == "README":
+        return page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
     words = page.stem.replace("_", " ")
     return words[:1].upper() + words[1:]
