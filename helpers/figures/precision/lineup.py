@@ -17,7 +17,8 @@ from helpers.figures.speed.lineup import DYNAMO, OPSET23, SDPA, Exports
 from helpers.figures.speed.models import Model
 
 ROUTES = {"torchscript": SDPA, "dynamo": DYNAMO}  # whose graphs are fused
-STRICT = 0.04  # an error below what NNCF's static quantisation has on the exports
+# Errors below what NNCF's static quantisation has on the exports: of text and images, and of speech.
+STRICT, LOOSE = 0.04, 0.4
 SHORT = {SDPA: "torchscript", DYNAMO: "dynamo", OPSET23: "opset 23"}
 
 
@@ -114,6 +115,7 @@ def ours(made: Exports, npz: Path) -> Iterator[Contender]:
     for name, inputs, bound in (
         ("calibrated", npz, None),
         ("strict, calibrated", npz, STRICT),
+        ("loose, calibrated", npz, LOOSE),
         ("no samples", None, None),
     ):
         graph, label = for_openvino["torchscript"], f"quantize openvino, {name}"
