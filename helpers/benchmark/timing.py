@@ -90,9 +90,9 @@ def run(
                 measured, count = group.time(case, rules[case], repeats)
                 rules[case] = dataclasses.replace(rules[case], least=count, most=count)
                 table.add(case, measured, group.reasons, alone=len(groups) == 1)
-    taken = {
-        case: f"{rules[case].most} rounds of {repeats}, {len(groups)} groups" for case in cases
-    }
+    of_runs = f" of {repeats} runs" if repeats > 1 else ""
+    in_groups = f", {len(groups)} groups" if len(groups) > 1 else ""
+    taken = {case: f"{rules[case].most} rounds{of_runs}{in_groups}" for case in cases}
     where = machine.conditions(threads)
     conditions = {
         case: f"{case}: {taken[case]}; {_shapes(arrays)}; {where}" for case, arrays in cases.items()

@@ -1,5 +1,6 @@
 """What Sphinx reads: a copy of what the pages show, and of what they link to."""
 
+import functools
 import re
 import shutil
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ def copy(folder: Path, root: Path = ROOT) -> list[Path]:
     pages = [index, *(page for group in groups.values() for page in group)]
     for page in pages:
         beside = root / page.parent.relative_to(folder)
-        index_of = root / "README.md"
-        text = LINK.sub(lambda link, at=beside: _link(link, at, index_of), page.read_text("utf-8"))
+        at = functools.partial(_link, beside=beside, readme=root / "README.md")
+        text = LINK.sub(at, page.read_text("utf-8"))
         page.write_text(text, encoding="utf-8")
     with index.open("a", encoding="utf-8") as file:
         file.writelines(_contents(groups, folder))
