@@ -17,7 +17,7 @@ from helpers.figures.speed.lineup import DYNAMO, OPSET23, SDPA, Exports
 from helpers.figures.speed.models import Model
 
 ROUTES = {"torchscript": SDPA, "dynamo": DYNAMO}  # whose graphs are fused
-# Errors below what NNCF's static quantisation has on the exports: of text and images, and of speech.
+# Errors below those of NNCF's static quantisation on the exports: text and images, and speech.
 STRICT, LOOSE = 0.04, 0.4
 SHORT = {SDPA: "torchscript", DYNAMO: "dynamo", OPSET23: "opset 23"}
 
