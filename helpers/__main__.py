@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
     models = getattr(parsed, "models", None) or ([parsed.model] if "model" in parsed else [])
-    task = models[0] if models else prog
+    task = models[0] if models else getattr(parsed, "out", prog)
     limits = bounds.bounded(models) if models else contextlib.nullcontext()
     try:
         with progress_on(sys.stderr), limits:

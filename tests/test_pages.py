@@ -267,7 +267,8 @@ def test_from_page_to_page(site):
     while following := Read(page).next:
         page = (page.parent / following).resolve()
         order.append(page.stem)
-    assert order == [path.stem for path in (*NOTEBOOKS, *sorted(ROOT.glob("assets/*.md")))]
+    others = ["README", *(path.stem for path in sorted(ROOT.glob("assets/*.md")))]
+    assert order == [*(path.stem for path in NOTEBOOKS), *others]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -345,8 +346,8 @@ def quick(monkeypatch):
     """In place of Sphinx."""
 
     def run(source: Path, out: Path, doctrees: Path) -> None:
-        (out / "_sources" / "notebooks").mkdir(parents=True)
-        (out / "_sources" / "assets").mkdir()
+        for name in ("notebooks", "helpers", "assets"):
+            (out / "_sources" / name).mkdir(parents=True)
         (out / "index.html").write_text("made", encoding="utf-8")
 
     monkeypatch.setattr(building, "_run_sphinx", run)
