@@ -83,10 +83,16 @@ def test_small_enough_to_render():
         assert path.stat().st_size < 400_000, path
 
 
+def committed(*patterns: str) -> list[Path]:
+    """The files that are in the repository: all, or those that match."""
+    command = ["git", "ls-files", "--", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.splitlines()]
+
+
 def test_the_repository_holds_no_model():
     """What tools write beside their work is not committed by mistake."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    paths = [ROOT / name for name in listed.stdout.splitlines()]
+    paths = committed()
     assert not [path for path in paths if path.suffix in (".onnx", ".data")]
     assert max(path.stat().st_size for path in paths if path.is_file()) < 500_000
 
@@ -294,10 +300,7 @@ def test_requirements_are_pinned_and_used():
 
 def test_every_notebook_is_run_by_the_tests():
     """Each that is in the repository lies where pytest looks."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--", "*.ipynb"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert {ROOT / path for path in listed} == set(NOTEBOOKS)
+    assert set(committed("*.ipynb")) == set(NOTEBOOKS)
     with (ROOT / "pyproject.toml").open("rb") as file:
         options = tomllib.load(file)["tool"]["pytest"]["ini_options"]
     assert {path.parent.name for path in NOTEBOOKS} <= {*options["testpaths"]}
