@@ -23,7 +23,9 @@ from onnxscript import optimizer, version_converter
 from helpers import feeds, files, graph, parity
 from helpers.fuse import (
     attention,
+    caches,
     gelu,
+    grouped_heads,
     guards,
     heads,
     multi_head,
@@ -258,6 +260,10 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     with quiet():
         passes.ShapeInferencePass()(model)
     guards.drop(model)
+    if target in FUSING:
+        grouped_heads.share(model)
+        caches.take_in(model)
+        yield "heads that groups share, caches that are the operator's own"
     heads.merge(model)
     yield "guards that are left out, heads that are split in the operator"
     if target == "cpu":
