@@ -287,9 +287,9 @@ def _redirect_shapes(reading: Reading) -> None:
 
 
 def redirect_shape(tape: Tape, value: ir.Value, shape: ir.Value) -> None:
-    """Have those that ask for the shape of `value` take `shape` instead."""
+    """Have those that ask for the shape of `value` take `shape` instead, but for the tape's own."""
     for user in [*value.consumers()]:
-        if user.op_type != "Shape":
+        if user.op_type != "Shape" or user in tape.nodes:
             continue
         start = user.attributes.get_int("start", None)
         end = user.attributes.get_int("end", None)

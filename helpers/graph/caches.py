@@ -72,6 +72,16 @@ def presents(sites: Sequence[Site]) -> list[ir.Value]:
     return [*dict.fromkeys(given_out)]
 
 
+def handed_on(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """The outputs of `model` that are inputs as they came in, each with that input."""
+    for output in model.graph.outputs:
+        value = output
+        while (node := value.producer()) is not None and node.op_type == "Identity":
+            value = node.inputs[0]
+        if value.is_graph_input() and not value.is_initializer():
+            yield output, value
+
+
 def keys_and_values(site: Site) -> tuple[list[ir.Value], list[ir.Value]]:
     """What may be the keys of a site, and its values: of a product, either operand."""
     if site.scores is None or site.context is None:
