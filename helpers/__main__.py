@@ -74,6 +74,11 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         raise files.BadInput(
             f"{reference}: expected two models or more, found one; name what to compare it with"
         )
+    if arguments.generate:
+        from helpers import generate
+
+        told = generate.compare([reference, *candidates], arguments.generate, arguments.inputs)
+        return DONE if told.held else FAILED, told.to_json(), str(told)
     cases, description = feeds.read(arguments.inputs, reference)
     tolerance = arguments.tolerance
     report = parity.compare(reference, candidates, cases, description, tolerance=tolerance)
@@ -219,6 +224,12 @@ def _compare_options(command: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="X",
         help="the largest difference to allow, in place of the inferred tolerance",
+    )
+    command.add_argument(
+        "--generate",
+        type=_count,
+        metavar="N",
+        help="of decoders with caches: whether they give the same N tokens, by the largest logit",
     )
     command.add_argument(
         "--save-inputs",

@@ -314,3 +314,39 @@ def test_what_is_handed_on_is_taken_off(tmp_path, capsys):
     assert "not given: same, which is an input" in capsys.readouterr().out
     names = [value.name for value in graph.load(out).graph.outputs]
     assert names == ["logits", "present_key", "present_value"]
+
+
+# ── Tokens ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_tokens_are_generated(tmp_path, capsys):
+    """By the model as it is, fused, and in place; a fault is named with its step."""
+    path = words_of(tmp_path, HEADS["a product"][0])
+    fused_, in_place = tmp_path / "fused.onnx", tmp_path / "in_place.onnx"
+    fuse.fuse(path, fused_, last_logits=True, drop_unchanged=True)
+    fuse.fuse(path, in_place, cache="in-place", capacity=40)
+    arguments = ["compare", str(path), str(fused_), str(in_place), "--generate", "20"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("the same tokens in 20 steps") == 2
+    model = graph.load(in_place)
+    [node] = [node for node in graph.nodes(model) if node.op_type == "Attention"]
+    node.replace_input_with(6, None)
+    files.save(model, tmp_path / "wrong.onnx")
+    assert main(["compare", str(path), str(tmp_path / "wrong.onnx"), "--generate", "20"]) == 1
+    assert "OTHER TOKENS from step" in capsys.readouterr().out
+
+
+def test_generating_beyond_the_capacity_is_refused(tmp_path, capsys):
+    path, out = words_of(tmp_path, HEADS["a product"][0]), tmp_path / "out.onnx"
+    fuse.fuse(path, out, cache="in-place", capacity=20)
+    assert main(["compare", str(path), str(out), "--generate", "20"]) == 2
+    assert "expected at most 20 positions, the capacity of its caches" in capsys.readouterr().err
+
+
+def test_what_cannot_generate_is_refused(tmp_path, capsys):
+    words, states = words_of(tmp_path, HEADS["a product"][0]), decoder(tmp_path / "..", PADDED)
+    encoder = write(tmp_path / "encoder.onnx")
+    for path, told in ((encoder, "expected caches"), (states, "expected ids among the inputs")):
+        assert main(["compare", str(path), str(path), "--generate", "2"]) == 2
+        assert told in capsys.readouterr().err
+    assert words.exists()
