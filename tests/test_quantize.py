@@ -488,6 +488,7 @@ def test_nncf_leaves_in_float_what_it_is_told(made, tmp_path):
 
 def test_convolutions_for_openvino_read_no_signed_numbers(tmp_path):
     """It runs those in fp32 whose int8 zero point is not 0. One of grouped channels stays float."""
+    pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
     pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
 
     def build(g, wrong):

@@ -48,7 +48,7 @@ def statically(
         tool.Dataset([*samples]),
         model_type=tool.ModelType.TRANSFORMER,
         subset_size=len(samples),
-        ignored_scope=_ignored(tool, model, every, [*layers], convolutions),
+        ignored_scope=_ignored(tool, model, every, layers, convolutions),
         **options,
     )
     quantised = ir.from_proto(made)
@@ -122,7 +122,7 @@ def _without_signs(model: ir.Model) -> None:
     OpenVINO runs a convolution of int8 whose zero point is not 0 in fp32: wav2vec2-base is twice
     as slow so (OpenVINO 2026.4, its profile).
     """
-    for node in [*graph.nodes(model)]:
+    for node in graph.nodes(model):
         read = node.inputs[0].producer() if node.op_type == "Conv" else None
         rounded = read.inputs[0].producer() if read is not None and read.inputs else None
         if rounded is None or (rounded.op_type, read.op_type) != _ROUNDING:
