@@ -1,5 +1,6 @@
 """The command for precision: on a tiny model with few contenders, and on made-up rows."""
 
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
@@ -107,6 +108,34 @@ def test_the_whole_command(tmp_path, capsys):
     measuring.main(["--only-show", "--csv", str(path)])
     assert (tmp_path / "precision.svg").read_bytes() == first
     assert b"dc:date" not in first
+
+
+def test_later_rounds_are_split_into_sittings(tmp_path, monkeypatch, tiny, few):
+    """With new processes each, in another order; who fails in one of them has no ratio."""
+    real, asked = benchmark.run, []
+
+    def run(those, *args, **more):
+        if more["rounds"] == 1:
+            return real(those, *args, **more)
+        asked.append(([one.label for one in those], more["rounds"]))
+        if len(asked) == 3:
+            those = [
+                dataclasses.replace(one, reason="it died" if one.label == "off" else one.reason)
+                for one in those
+            ]
+        return real(those, *args, **more)
+
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(measuring, "CLOSE", 100)
+    those = lineup.prepare(tiny, [8], tmp_path)
+    every = [*those["theirs"], *those["ours"]]
+    judged = {one.label: quality.Quality("error", 0.0, np.nan) for one in every}
+    rows = measuring.measure(those, judged, tiny.inputs(1, 8), "a case", 6, 7)
+    kept = ["reference", "off", "reference, again"]
+    assert asked[1:] == [(kept, 2), ([kept[0], *kept[:0:-1]], 2), (kept, 2)]
+    told = {row["contender"]: (row["rounds"], row["reason"]) for row in rows}
+    assert told["reference"] == told["reference, again"] == (6, "")
+    assert told["off"] == (0, "it died")
 
 
 def test_only_show_without_a_table(tmp_path, capsys):

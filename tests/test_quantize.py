@@ -18,7 +18,7 @@ from helpers.errors import BAD_INPUT, DONE, FAILED
 from helpers.files import saving
 from helpers.quantize import costs, cpu, measuring, openvino, samples, smoothing, trials
 from helpers.quantize.layers import prepare
-from helpers.quantize.ways import Way
+from helpers.quantize.ways import Way, ways
 from helpers.workers import Failed
 
 MICROSOFT = graph.MICROSOFT
@@ -484,6 +484,44 @@ def test_nncf_leaves_in_float_what_it_is_told(made, tmp_path):
     weights = ir.load(out).graph.initializers
     assert weights["second_weight"].dtype == ir.DataType.FLOAT
     assert weights["first_weight_quantized"].dtype == ir.DataType.INT8
+
+
+def test_convolutions_for_openvino_read_no_signed_numbers(tmp_path):
+    """It runs those in fp32 whose int8 zero point is not 0. One of grouped channels stays float."""
+    pytest.importorskip("openvino", reason="2026-11-30: openvino is optional")
+    pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
+
+    def build(g, wrong):
+        x = g.given("x", np.float32, "batch", 8, "length")
+        first = g.Conv(g.Gelu(x), g.weight("kernel", 8, 8, 3, scale=0.3), pads=[1, 1], name="whole")
+        grouped = g.weight("grouped_kernel", 8, 2, 3, scale=0.3)
+        second = g.Conv(g.Gelu(first), grouped, pads=[1, 1], group=4, name="grouped")
+        turned = g.Transpose(second, perm=[0, 2, 1])
+        g.gives("y", g.MatMul(turned, g.weight("w", 8, 8, scale=0.3)), "batch", "length", 8)
+
+    path, npz = save(tmp_path / "in.onnx", build), tmp_path / "x.npz"
+    np.savez(npz, x=np.random.default_rng(0).normal(size=(32, 8, 40)).astype(np.float32))
+    base = tmp_path / "base.onnx"
+    layers = prepare(path, base)
+    given = samples.read(npz, files.Opened(path))
+    found = {way.name: way for way in ways(base, layers, "openvino", 8, given)}
+    for name, rounded in (
+        ("static, by NNCF", []),
+        ("static, by NNCF, convolutions too", ["whole"]),
+    ):
+        out = tmp_path / f"{name}.onnx"
+        found[name].make(base, out, layers)
+        model = ir.load(out)
+        kinds = {node.name: node for node in model.graph if node.op_type == "Conv"}
+        weights = {one: node.inputs[1].producer() for one, node in kinds.items()}
+        assert [one for one, node in weights.items() if node is not None] == rounded
+        for one in rounded:
+            zero = kinds[one].inputs[0].producer().inputs[2].const_value
+            assert zero.dtype == ir.DataType.UINT8
+            assert zero.numpy() > 0
+        x = np.load(npz)["x"][:4]
+        [exact], [ours] = run(path, x=x), run(out, x=x)
+        assert np.sqrt(((ours - exact) ** 2).mean()) < 0.1 * exact.std()
 
 
 def test_contenders_are_made_by_the_same_code(made, monkeypatch):

@@ -20,7 +20,8 @@ LOADERS = {  # by target, what runs a file in a process of its own
     "openvino": ("helpers.workers.runtimes:openvino", {"int8": False}),
 }
 THREADS, TIMEOUT = 2, 300  # of one process; seconds that one turn may take
-ROUNDS, SECONDS = (6, 20), 10  # of the measurement of speed, at least and at most; its length
+ROUNDS, SECONDS = (3, 10), 5  # of one sitting, at least and at most; its length
+RUNS = 3  # in a turn, of which the median counts: the first finds the caches full of another's data
 Run = Callable[[parity.Outputs], parity.Outputs]
 
 
@@ -103,18 +104,28 @@ def seconds(
     paths: Mapping[str, Path], target: str, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The seconds that each of the files takes for `arrays`, by label, (rounds,); by turns, each in
-    a process of its own."""
-    least, most = ROUNDS
-    with _processes(paths, target) as workers:
-        for worker in workers.values():  # which is not timed
-            worker.give(arrays)
-            worker.receive()
-        times: dict[str, list[float]] = {label: [] for label in workers}
-        end = time.monotonic() + SECONDS
-        for number in range(most):
-            for label in turns([*workers], number):
-                workers[label].send(runs=1)
-                times[label].append(workers[label].receive()["seconds"])
-            if number + 1 >= least and time.monotonic() > end:
-                break
+    a process of its own.
+
+    There are two sittings, with new processes, started in the other order: of equal processes the
+    one that was started first was up to a tenth slower, for as long as they lived.
+    """
+    times: dict[str, list[float]] = {label: [] for label in paths}
+    for order in ([*paths], [*paths][::-1]):
+        with _processes({label: paths[label] for label in order}, target) as workers:
+            for worker in workers.values():  # which is not timed
+                worker.give(arrays)
+                worker.receive()
+            _sitting(workers, times)
     return {label: np.array(taken) for label, taken in times.items()}
+
+
+def _sitting(workers: Mapping[str, Worker], times: Mapping[str, list[float]]) -> None:
+    """Time the workers round by round, and add the seconds to `times`."""
+    least, most = ROUNDS
+    end = time.monotonic() + SECONDS
+    for number in range(most):
+        for label in turns([*workers], number):
+            workers[label].send(runs=RUNS)
+            times[label].append(workers[label].receive()["seconds"])
+        if number + 1 >= least and time.monotonic() > end:
+            break

@@ -17,8 +17,9 @@ from helpers.figures.speed.lineup import DYNAMO, OPSET23, SDPA, Exports
 from helpers.figures.speed.models import Model
 
 ROUTES = {"torchscript": SDPA, "dynamo": DYNAMO}  # whose graphs are fused
-# Errors below those of NNCF's static quantisation on the exports: text and images, and speech.
-STRICT, LOOSE = 0.04, 0.4
+# Bounds near the errors that NNCF's static quantisation of the exports has: of text and images,
+# and of speech, whose convolutions it rounds too.
+STRICT, LOOSE = 0.04, 0.55
 SHORT = {SDPA: "torchscript", DYNAMO: "dynamo", OPSET23: "opset 23"}
 
 

@@ -36,6 +36,8 @@ from helpers.quiet import progress_on
 
 CLOSE = 1.3  # who is slower than so many times the fastest of its side is not timed in the later
 FIRST = 3  # rounds in which all take part
+SITTINGS = 3  # the later rounds are split into, each with new processes: one process of a graph
+# may be a tenth faster than another of the same graph, for as long as both live
 TURN, REPEATS = 0.3, 15  # seconds of PyTorch eager in a turn, about, and its runs at the most
 
 LineUp = Mapping[str, Sequence[Contender]]  # "theirs", the reference first, and "ours"
@@ -56,16 +58,15 @@ def measure(
 
     All take part in the first rounds, `at_once` models in memory. Those that may be the best at
     equal quality are then timed in `rounds` more, the best of theirs twice, together if memory
-    allows. Who was too slow keeps the ratio of the first rounds.
+    allows, in a few sittings. Who was too slow keeps the ratio of the first rounds.
     """
     every = [*those["theirs"], *those["ours"]]
     ours = {contender.label for contender in those["ours"]}
     repeats = repeats_of(every[0], arrays, name)
-    first = benchmark.run(every, {name: arrays}, rounds=FIRST, repeats=repeats, at_once=at_once)[
-        name
-    ]
+    common = {"cases": {name: arrays}, "repeats": repeats}
+    first = benchmark.run(every, rounds=FIRST, at_once=at_once, **common)[name]
     print(first.conditions, flush=True)
-    rows = _rows(first, qualities, ours)
+    rows = _rows([first], qualities, ours)
     labels = close(list(rows.values()))
     kept = [one for one in every if one.label in labels or one is every[0]]
     kept = [one for one in kept if not rows[one.label]["reason"]]
@@ -77,9 +78,12 @@ def measure(
             twin = contenders.again(of_best)
             qualities = {**qualities, twin.label: qualities[of_best.label]}
             kept.append(twin)
-        later = benchmark.run(kept, {name: arrays}, rounds=rounds, repeats=repeats, at_once=size)[
-            name
-        ]
+        later = []
+        for number in range(SITTINGS):
+            share = len(range(number, rounds, SITTINGS))
+            if share:
+                order = [kept[0], *kept[:0:-1]] if number % 2 else kept
+                later += [benchmark.run(order, rounds=share, at_once=size, **common)[name]]
         rows |= _rows(later, qualities, ours)
     return [*rows.values()]
 
@@ -109,20 +113,25 @@ def near(rows: Sequence[table.Row]) -> list[table.Row]:
 
 
 def _rows(
-    result: benchmark.Result, qualities: Mapping[str, quality.Quality], ours: set[str]
+    sittings: Sequence[benchmark.Result],
+    qualities: Mapping[str, quality.Quality],
+    ours: set[str],
 ) -> dict[str, dict[str, Any]]:
-    """The rows of the table that `result` gives, by label."""
+    """The rows of the table that the sittings give together, by label. Who failed in one of them
+    has no ratio."""
     processor = benchmark.cpu_in_words()
+    reasons = {label: why for one in sittings for label, why in one.reasons.items()}
     rows = {}
-    for contender in result.contenders:
-        label, measured = contender.label, result.measured.get(contender.label)
-        relative = measured.relative if measured else np.array([])
-        if not np.isfinite(relative).all():
+    for contender in sittings[0].contenders:
+        label = contender.label
+        measured = [one.measured[label] for one in sittings if label in one.measured]
+        relative = np.concatenate([np.array([]), *(one.relative for one in measured)])
+        if label in reasons or not np.isfinite(relative).all():
             relative = relative[:0]
         ratio = benchmark.Speedup(np.nan, np.nan, np.nan)
         if relative.size:
             ratio = benchmark.speedup(relative, np.ones_like(relative))
-        told = result.row(label)
+        told = sittings[0].row(label)
         judged = qualities.get(label, quality.NONE)
         rows[label] = {
             "contender": label,
@@ -138,7 +147,7 @@ def _rows(
             "high": ratio.high,
             "rounds": relative.size,
             "ratios": " ".join(f"{one:.4g}" for one in relative),
-            "reason": result.reasons.get(label, ""),
+            "reason": reasons.get(label, ""),
             "processor": processor,
         }
     return rows
