@@ -175,7 +175,7 @@ def for_generation(
         taken = {**inputs, "max_new_tokens": 4, "do_sample": False}
         exporter = OnnxExporter()
         parts = exporter.export_for_generation(model.eval(), taken, config, multi_token_decode=True)
-        programs = {name: part.program for name, part in parts.items()}
+        programs = {name: part.program for name, part in parts.components.items()}
         if several:
             programs["encoder"] = exporter.export(model.get_encoder(), inputs, config).program
     wanted = ("encoder", "prefill", "decode") if several else ("decode",)
