@@ -356,3 +356,20 @@ def test_the_fastest_of_each_runtime_and_precision(tmp_path):
     assert [*found["ours", "speed-up"]] == ["", "", "3.33", "2.50", ""]
     with pytest.raises(ValueError, match="found no row of it"):
         by_runtime.read(tmp_path / "a.csv", "bert", 16, 1)
+
+
+def test_the_page_says_what_was_not_measured():
+    wanted = [
+        {"model": name, "length": length, "batch": batch}
+        for name, model in models.MODELS.items()
+        for length in model.lengths
+        for batch in (1, 8)
+    ]
+    rows = [r | cell for cell in wanted[1:] for r in (row("t", 0.5), ours("old", 0.4))]
+    rows += [ours("new", 0.3) | cell for cell in wanted[-2:]]
+    page = tables.page(pd.DataFrame(rows))
+    assert "Not measured: minilm, 64 tokens, batch 1." in page
+    assert f"new is in 2 of {len(wanted) - 1} cells" in page
+    assert "old is in" not in page
+    complete = pd.DataFrame([row("t", 0.5) | cell for cell in wanted])
+    assert tables.not_measured(complete) == []
