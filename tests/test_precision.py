@@ -209,8 +209,11 @@ def test_who_is_timed_further():
     rows = [row("t", 0.5, good=0.01), row("near", 0.6, good=1e-5), row("far", 0.8)]
     rows += [ours("fast", 0.2, good=0.1), ours("as good", 0.7, good=0.01), ours("slow", 0.95)]
     rows += [ours("exact", 0.9, good=0), ours("late", 1.3, good=0)]
-    assert measuring.close(rows) == {"t", "near", "fast", "as good", "exact"}
-    assert measuring.close([]) == set()
+    every = ["t", "near", "as good", "exact", "fast"]
+    assert measuring.finalists(rows, 8) == every
+    assert measuring.finalists(rows, 4) == every[:4]
+    assert measuring.finalists(rows, 2) == ["t", "as good"]
+    assert measuring.finalists([], 8) == []
 
 
 def test_the_summary_and_the_page(tmp_path):
