@@ -228,6 +228,9 @@ def test_a_fusion_without_source_is_explained_by_its_paths(tmp_path):
 
 
 MATCH = 'self.model.match_parent_path(node, ["Div", "MatMul"], [0, 0])'
+ASK = (
+    "def ask(start, path):\n    return start and self.model.match_parent_path(start, path, [0, 0])"
+)
 
 STYLES = {
     "walrus": f"if (found := {MATCH}) is None: return",
@@ -251,6 +254,10 @@ STYLES = {
     "    other = self.model.match_parent_path(node, ['Sub', 'Sub', 'MatMul'], [0, 0, 0])\n"
     "    if other is None:\n        return",
     "try": f"try:\n    a, b = {MATCH}\nexcept TypeError:\n    return",
+    "of nothing": f"{ASK}\nfound = ask(node, ['Div', 'MatMul'])\n"
+    "a, b = ask(found, ['Add']), ask(found, ['Sub'])\nif a and b:\n    self.done()",
+    "two in a line": f"{ASK}\na, b = ask(node, ['Div', 'MatMul']), ask(None, ['Sub'])\n"
+    "if a and b:\n    self.done()",
 }
 
 
