@@ -288,6 +288,29 @@ class Own(Fusion):
     assert [one.name for one in reason.attempt.found] == ["n_scale"]
 
 
+def test_a_check_that_says_no_is_the_reason(tmp_path):
+    """And not a path that may be missing, which the check was given."""
+    (tmp_path / "own.py").write_text("""
+from fusion_base import Fusion
+
+class Own(Fusion):
+    def __init__(self, model):
+        super().__init__(model, "Attention", "Softmax")
+
+    def allowed(self, node, mask):
+        return mask is not None or node.op_type == "Relu"
+
+    def fuse(self, node, children, parents):
+        mask = self.model.match_parent_path(node, ["Sub"], [0])
+        allowed = self.allowed(node, mask)
+        if not allowed:
+            return
+""")
+    (reason,) = explain(attention(tmp_path), fusion=f"{tmp_path}/own.py:Own", **options()).reasons
+    assert (reason.kind, reason.attempt) == ("check", None)
+    assert "Relu" in reason.within[0]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

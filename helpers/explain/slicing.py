@@ -120,7 +120,8 @@ class _Reader(Conditions):
         that leads to paths that did not match; add to `answer` what is met."""
         level = [(expression, True) for expression in leaves]
         seen: set[str] = set()
-        called: list[Step] = []  # the first that gave up without a path
+        called: list[Step] = []  # the first functions that gave nothing, and what was met till then
+        met: tuple[dict[str, str], set[str], list[Any]] = ({}, set(), [])
         for _ in range(DEPTH + 1):
             for expression, is_empty in level:
                 answer.calls |= functions_called(expression)
@@ -131,10 +132,12 @@ class _Reader(Conditions):
             if self._paths(names, answer, asked):
                 return
             inner = self._called(names, empty)
-            if broke := list(filter(_broke, inner)):
-                self._go_on(broke, answer, only_called)
+            broke = list(filter(_broke, inner))
+            if broke or any(step.value is False for step in inner):  # a check said no
+                self._go_on(broke or inner, answer, only_called)
                 return
-            called = called or inner
+            if inner and not called:
+                called, met = inner, ({**answer.operands}, {*answer.calls}, [*answer.values])
             names = _new_variables([expression for expression, _ in level], seen)
             seen.update(names)
             level = [
@@ -143,6 +146,7 @@ class _Reader(Conditions):
                 for expression in self._sources(name)
             ]
         if called:
+            answer.operands, answer.calls, answer.values = met
             self._go_on(called, answer, only_called)
 
     def _sort(self, answer: GaveUp) -> None:

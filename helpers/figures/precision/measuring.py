@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers import benchmark, contenders
+from helpers import benchmark
 from helpers.contenders import Contender
 from helpers.figures import cells, page
 from helpers.figures.cells import ASSETS
@@ -70,13 +70,14 @@ def measure(
     print(first.conditions, flush=True)
     rows = _rows([first], qualities, ours)
     kept = chosen(every, rows, len(every))
-    kept = chosen(every, rows, at_most_together(first, kept) - 1)
     if len(kept) > 1:
+        kept = chosen(every, rows, at_most_together(first, kept))
         best = table.fastest(table.able([*rows.values()], ours=False))
-        for one in [one for one in kept if best and one.label == best["contender"]]:
-            twin = contenders.again(one)
-            qualities = {**qualities, twin.label: qualities[one.label]}
-            kept.append(twin)
+        of_best = {one.label: one for one in kept}.get(best["contender"] if best else "")
+        if of_best:
+            label = of_best.label + table.AGAIN
+            qualities = {**qualities, label: qualities[of_best.label]}
+            kept.append(dataclasses.replace(of_best, label=label))
         later = []
         for number in range(SITTINGS):
             share = len(range(number, rounds, SITTINGS))
@@ -96,22 +97,27 @@ def repeats_of(reference: Contender, arrays: Arrays, name: str) -> int:
     return int(np.clip(TURN / seconds, 1, REPEATS))
 
 
-def chosen(
-    every: Sequence[Contender], rows: Mapping[str, table.Row], count: int
-) -> list[Contender]:
-    """The reference, and up to `count` more that may be the fastest at equal quality."""
-    labels = {every[0].label, *finalists([*rows.values()], count)}
+def chosen(every: Sequence[Contender], rows: Mapping[str, table.Row], size: int) -> list[Contender]:
+    """Up to `size`: the reference, and those that may be the fastest at equal quality."""
+    labels = list(dict.fromkeys([every[0].label, *finalists([*rows.values()])]))[:size]
     return [one for one in every if one.label in labels and not rows[one.label]["reason"]]
 
 
-def finalists(rows: Sequence[table.Row], count: int) -> list[str]:
-    """The labels of up to `count` that may be the fastest at equal quality: of theirs the fastest,
-    and by turns of ours the fastest that are as good as each of these, and the fastest of all."""
-    theirs = near(table.able(rows, ours=False))[: count // 2]
-    ours = [near(table.as_good(rows, row)) for row in theirs]
-    ours.append(near(table.able(rows, ours=True)))
-    by_turns = [row for rank in itertools.zip_longest(*ours) for row in rank if row]
-    return list(dict.fromkeys(row["contender"] for row in [*theirs, *by_turns]))[:count]
+def finalists(rows: Sequence[table.Row]) -> list[str]:
+    """The labels of those that may be the fastest at equal quality, of theirs and of ours by turns:
+    of theirs the fastest; of ours the fastest that are as good as each of these, and the fastest of
+    all."""
+    theirs = near(table.able(rows, ours=False))
+    of_ours = [near(table.as_good(rows, row)) for row in theirs]
+    of_ours.append(near(table.able(rows, ours=True)))
+    ours = by_turns(*([row["contender"] for row in some] for some in of_ours))
+    return by_turns([row["contender"] for row in theirs], ours)
+
+
+def by_turns(*lists: Sequence[str]) -> list[str]:
+    """The first of each, the second of each, and so on, each label once."""
+    ranks = itertools.zip_longest(*lists)
+    return list(dict.fromkeys(label for rank in ranks for label in rank if label is not None))
 
 
 def near(rows: Sequence[table.Row]) -> list[table.Row]:
