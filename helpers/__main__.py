@@ -1,6 +1,7 @@
 """The helpers from a shell, on any .onnx file: COMMAND --help says what each of them takes."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -144,6 +145,17 @@ def _quantize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
+def _run(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers.figures import notebooks
+
+    done = notebooks.run_all(arguments.names, in_place=arguments.in_place)
+    lines = [
+        f"{one['notebook']}: {one['seconds']} s, {one['memory'] / 2**30:.1f} GiB\n{one['result']}"
+        for one in done
+    ]
+    return DONE, {"notebooks": done}, "\n".join(lines)
+
+
 def _save_cut(arguments: argparse.Namespace, explanation: Any) -> None:
     """Write the neighbourhood of the first reason's node, as a picture or a model."""
     from helpers import graph, view
@@ -170,10 +182,15 @@ def _view(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     shown = view.cut(arguments.model, **choice)
     if arguments.json:
         return DONE, shown.to_json(), ""
-    import netron
-
-    arguments.wait = netron.wait  # once the address is printed
+    arguments.wait = view.wait  # once the address is printed
     return DONE, {}, f"{shown}\n{view.serve(arguments.model, shown)} (Ctrl-C stops it)"
+
+
+def _pages(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    from helpers.figures import pages
+
+    made = pages.build(arguments.out)
+    return DONE, made.to_json(), str(made)
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -284,6 +301,19 @@ def _view_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chromium", metavar="FILE", help="what draws the picture")
 
 
+def _run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "names", nargs="*", metavar="NN", help="beginnings of notebooks' names; all unless given"
+    )
+    command.add_argument(
+        "--in-place", action="store_true", help="write them where they are, and the README's table"
+    )
+
+
+def _pages_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
+
+
 # Each command: what it runs, what it takes, and what it is for.
 COMMANDS = {
     "inspect": (_inspect, _model_options, "opset, operators and attention sites of a model"),
@@ -296,6 +326,8 @@ COMMANDS = {
         _view_options,
         "Netron on the part of a model that matters, live or as a picture",
     ),
+    "run": (_run, _run_options, "run notebooks of this repository, into exports/"),
+    "pages": (_pages, _pages_options, "README, notebooks and results as pages, for a browser"),
 }
 
 
@@ -318,9 +350,11 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     parsed = _parser(prog).parse_args(arguments)
     if line := packages.unlike_pinned():
         print(line, file=sys.stderr)
-    models = getattr(parsed, "models", None) or [parsed.model]
+    models = getattr(parsed, "models", None) or ([parsed.model] if "model" in parsed else [])
+    task = models[0] if models else getattr(parsed, "out", prog)
+    limits = bounds.bounded(models) if models else contextlib.nullcontext()
     try:
-        with progress_on(sys.stderr), bounds.bounded(models):
+        with progress_on(sys.stderr), limits:
             status, answer, text = parsed.run(parsed)
     except files.BadInput as error:
         print(error, file=sys.stderr)
@@ -328,18 +362,21 @@ def main(arguments: list[str] | None = None, prog: str = "python -m helpers") ->
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(packages.missing(error, models[0]), file=sys.stderr)
+        print(packages.missing(error, task), file=sys.stderr)
         return BAD_INPUT
     except Exception as error:  # a damaged model that loads can make any library raise anything
-        line = f"{models[0]}: expected a model to work on, found {type(error).__name__}: {error};"
+        if not models:
+            raise  # it is ours
+        line = f"{task}: expected a model to work on, found {type(error).__name__}: {error};"
         print(files.BadInput(f"{line} check the model"), file=sys.stderr)
         return BAD_INPUT
+    wait = getattr(parsed, "wait", None)
     try:
         print(json.dumps(answer) if parsed.json else text, flush=True)
-        if wait := getattr(parsed, "wait", None):
+        if wait:
             wait()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return status if wait else INTERRUPTED  # what waits is ended so
     except BrokenPipeError:  # as in ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status

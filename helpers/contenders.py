@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
+AGAIN = ", again"  # how the label of a contender ends that runs a second time
+
 
 class Look(NamedTuple):
     """How a kind of contender is drawn: `filled` markers are fp32 as it comes, hollow ones what may
@@ -87,6 +89,11 @@ class Contender:
     def __post_init__(self) -> None:
         if self.kind not in LOOKS:
             raise ValueError(f"kind: expected one of {', '.join(LOOKS)}, found {self.kind}")
+
+
+def again(contender: Contender) -> Contender:
+    """The same once more: what two runs of it differ by is no difference."""
+    return dataclasses.replace(contender, label=contender.label + AGAIN)
 
 
 def pytorch(label: str, factory: str, /, **arguments: Any) -> Contender:

@@ -1,4 +1,4 @@
-"""Where the time goes in a model, and how far its products are from what this machine can do."""
+"""Where the time goes in a model, and how far its products are from this machine's peak."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 
 from helpers import files, graph
+from helpers.plots import WIDTH, Plot
 from helpers.workers import runtimes
 from helpers.workers.worker import Failed, Worker
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.figure import Figure
 
 TIMEOUT = 300  # seconds for all runs of a model, and for all bare products
 
@@ -45,6 +45,9 @@ class Product(NamedTuple):
         return 2 * math.prod(self)
 
 
+LARGE = Product(1, 1024, 1024, 1024)  # at which bare products come near the peak
+
+
 @dataclass(frozen=True)
 class Profile:
     """What `profile` measured; times are medians over its runs.
@@ -53,12 +56,14 @@ class Profile:
     run, and its `share` of their sum, 0 to 1. They are those that the session ran, which fuses by
     itself; what is in the file, `graph.counts` tells. An If or a Loop counts as the operators in
     it. `products` has a row for each operator and shape that is a product or a convolution:
-    `nodes`, `milliseconds`, the rate `GFLOP/s`, the `roof` (the best rate of a bare fp32 product of
-    the same shape, in GFLOP/s), and `of roof`, above 1 where it is faster (8-bit products can be).
+    `nodes`, `milliseconds`, the rate `GFLOP/s`, and what that is `of peak`. `peak` is the best rate
+    in GFLOP/s that a bare fp32 product reached, of `LARGE` and of all shapes in `products`; only
+    products in 8 bits or bf16 are above it.
     """
 
     operators: "pandas.DataFrame"
     products: "pandas.DataFrame"
+    peak: float
 
     @property
     def share(self) -> float:
@@ -69,29 +74,27 @@ class Profile:
         return float(self.products.milliseconds.sum() / self.operators.milliseconds.sum())
 
     @property
-    def of_roof(self) -> float:
-        """The rate of all of them together, as a part of what bare products reach; NaN of none."""
+    def of_peak(self) -> float:
+        """The rate of all of them together, as a part of `peak`; NaN of none."""
         if self.products.empty:
             return math.nan
-        at_roof = (self.products["of roof"] * self.products.milliseconds).sum()
-        return float(at_roof / self.products.milliseconds.sum())
+        at_peak = (self.products["of peak"] * self.products.milliseconds).sum()
+        return float(at_peak / self.products.milliseconds.sum())
 
     def describe(self) -> str:
         """What is left to gain, in one sentence."""
         if self.products.empty:
             return "no time is in products or convolutions"
         return (
-            f"{self.share:.0%} of the time is in products and convolutions, which reach"
-            f" {self.of_roof:.0%} of the rate of bare fp32 products of the same shapes; with"
-            " nothing but these at that rate, a run would take"
-            f" {self.share * self.of_roof:.0%} of its time"
+            f"{self.share:.0%} of the time is in products and convolutions, at"
+            f" {self.of_peak:.0%} of the best rate of a bare fp32 product here"
         )
 
 
 def profile(
     path: str | Path, arrays: Mapping[str, np.ndarray], *, runs: int = 5, threads: int = 2
 ) -> Profile:
-    """Time by operator in the model at `path`, and its products against the roof of this machine.
+    """Time by operator in the model at `path`, and its products against this machine's peak rate.
 
     By ONNX Runtime's own profiler, in a process of its own. Raises `files.BadInput` where the model
     does not run on `arrays`.
@@ -121,19 +124,18 @@ def profile(
     operators = _by(nodes, ["operator"])
     operators["share"] = operators.milliseconds / operators.milliseconds.sum()
     heavy = _by(nodes[nodes["shape"].map(len) > 0], ["operator", "shape"])
-    shapes = sorted({shape for row in heavy.index.get_level_values("shape") for shape in row})
-    roofs = _asked("helpers.profiling:bare", {"shapes": shapes}, {}, threads, path)
-    best = dict(zip(shapes, roofs, strict=True))
+    shapes = {shape for row in heavy.index.get_level_values("shape") for shape in row}
+    shapes = sorted({*shapes, LARGE})
+    seconds = _asked("helpers.profiling:bare", {"shapes": shapes}, {}, threads, path)
+    peak = max(shape.flops / least for shape, least in zip(shapes, seconds, strict=True)) / 1e9
     flops = [sum(product.flops for product in row) * n for (_, row), n in heavy.nodes.items()]
-    at_best = [sum(best[product] for product in row) * n for (_, row), n in heavy.nodes.items()]
     heavy["GFLOP/s"] = np.divide(flops, 1e6) / heavy.milliseconds
-    heavy["roof"] = np.divide(flops, 1e9) / at_best
-    heavy["of roof"] = heavy["GFLOP/s"] / heavy.roof
+    heavy["of peak"] = heavy["GFLOP/s"] / peak
     named = [(op, " + ".join("×".join(map(str, s)) for s in row)) for op, row in heavy.index]
     heavy.index = pd.MultiIndex.from_tuples(
         named, names=["operator", "batch × rows × inner × columns"]
     )
-    return Profile(operators, heavy)
+    return Profile(operators, heavy, peak)
 
 
 def _by(nodes: "pandas.DataFrame", keys: list[str]) -> "pandas.DataFrame":
@@ -269,11 +271,11 @@ def _asked(
             return json.loads(str(worker.outputs()["answer"]))
 
 
-def plot(profiles: Mapping[str, Profile], *, top: int = 8) -> "Figure":
+def plot(profiles: Mapping[str, Profile], *, top: int = 8) -> Plot:
     """A few graphs, by label, side by side; beyond the `top` operators, "other".
 
     Bars are milliseconds in one run, the text beside each is its share; the dark part of a bar is
-    what bare products of the same shapes would take. Without colour, since colours stand for
+    what its products would take at the peak rate. Without colour, since colours stand for
     contenders.
     """
     import pandas as pd
@@ -288,14 +290,14 @@ def plot(profiles: Mapping[str, Profile], *, top: int = 8) -> "Figure":
     times = times.iloc[:top]
     if rest.any():
         times.loc["other"] = rest
-    figure = Figure(figsize=(6.8, 1.4 + 0.28 * len(times)), dpi=80, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.28 * len(times)), layout="constrained")
     panels = figure.subplots(1, len(profiles), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (label, column) in zip(panels, times.items(), strict=True):
         bars = axes.barh(column.index, column, color="lightgrey", edgecolor="black", linewidth=0.5)
         table = profiles[label].products
-        at_roof = (table.milliseconds * table["of roof"]).groupby(level="operator").sum()
-        least = np.minimum(at_roof.reindex(column.index, fill_value=0), column)
-        axes.barh(column.index, least, color="dimgrey", label="as bare products")
+        at_peak = (table.milliseconds * table["of peak"]).groupby(level="operator").sum()
+        least = np.minimum(at_peak.reindex(column.index, fill_value=0), column)
+        axes.barh(column.index, least, color="dimgrey", label="products at the peak rate")
         shares = [f"{share:.0%}" if share else "" for share in column / column.sum()]
         axes.bar_label(bars, shares, padding=2, fontsize="small")
         axes.set_title(textwrap.fill(label, 72 // len(profiles)), fontsize="medium")
@@ -304,4 +306,5 @@ def plot(profiles: Mapping[str, Profile], *, top: int = 8) -> "Figure":
     panels[0].invert_yaxis()
     panels[-1].legend(loc="lower right", fontsize="small", frameon=False)
     figure.supxlabel("milliseconds in one run", fontsize="medium")
-    return figure
+    told = "; ".join(f"{label}: {profile.describe()}" for label, profile in profiles.items())
+    return Plot(figure, f"Milliseconds in one run by operator. {told}.")

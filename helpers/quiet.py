@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import TextIO
@@ -23,14 +22,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def show_progress(stream: TextIO) -> logging.Handler:
-    """Show what the helpers log, their progress, on `stream` from now on; returns its handler."""
-    logger, handler = logging.getLogger("helpers"), logging.StreamHandler(stream)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    return handler
-
-
 @contextlib.contextmanager
 def progress_on(stream: TextIO) -> Iterator[None]:
     """Show the helpers' progress on `stream`, and nothing that others log."""
@@ -38,7 +29,9 @@ def progress_on(stream: TextIO) -> Iterator[None]:
     before, propagates = logger.level, logger.propagate
     nowhere = logging.NullHandler()  # else Python writes warnings that nobody handles to stderr
     logging.root.addHandler(nowhere)
-    handler = show_progress(stream)
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
@@ -49,11 +42,33 @@ def progress_on(stream: TextIO) -> Iterator[None]:
         logger.propagate = propagates
 
 
+class OneLine(logging.Handler):
+    """Progress in a notebook: a line that ends in "…" is overwritten by the next of its cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.line = None, None  # where the line is that is to be overwritten
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from IPython import display, get_ipython
+
+        text, cell = self.format(record), get_ipython().execution_count
+        shown = {"text/plain": text}
+        if self.line is None or cell != self.cell:
+            self.cell, self.line = cell, display.display(shown, raw=True, display_id=True)
+        else:
+            self.line.update(shown, raw=True)
+        if not text.endswith("…"):
+            self.line = None
+
+
 def notebook() -> None:
-    """For a notebook's first cell: show the helpers' progress on standard output from then on, and
-    keep what exporters and optimizers log and warn of away."""
-    show_progress(sys.stdout)
-    logging.getLogger("helpers").propagate = False
+    """For a notebook's first cell: show the helpers' progress from then on, and keep what exporters
+    and optimizers log and warn of away."""
+    logger = logging.getLogger("helpers")
+    logger.handlers = [OneLine()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     logging.root.addHandler(logging.NullHandler())
     logging.getLogger("torch.onnx._internal").setLevel(logging.ERROR)  # torch has a handler for it
     warnings.simplefilter("ignore")

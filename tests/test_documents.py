@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from helpers import files
+from helpers.__main__ import main
 from helpers.explain.reasons import CAUSES
 from helpers.figures import notebooks
 
@@ -98,7 +99,8 @@ def test_the_repository_holds_no_model():
 
 def test_fixed_sections_and_opening(notebook):
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    assert re.findall(r"^## (.+)$", "\n".join(prose), re.M) == SECTIONS
+    if "start here" not in prose[0].lower():  # which is no model's
+        assert re.findall(r"^## (.+)$", "\n".join(prose), re.M) == SECTIONS
     assert prose[0].startswith("# ")
     for part in OPENING:
         assert f"**{part}" in prose[0]
@@ -108,12 +110,26 @@ def test_cells_are_short_and_plain(notebook):
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert len(cell.source.splitlines()) <= 12, cell.source
         assert not re.search(PLUMBING, cell.source, re.M), cell.source
 
 
+def test_the_failure_comes_first(notebook):
+    """The first cell that a page shows is the call that a reader would make, and its 0."""
+    if "model" in tags(notebook):
+        return  # 00 writes its model first
+    shown = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first = next(cell for cell in shown if "hide-input" not in cell.metadata.get("tags", []))
+    assert re.search(r"optimizer\.optimize_model|optimize_model\(", first.source)
+    assert re.search(r": 0\b", text_of(first.outputs[-1]))
+
+
+def tags(notebook) -> set[str]:
+    return {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+
+
 def test_runs_within_its_budget_and_says_so(notebook):
-    """`python -m helpers.figures.notebooks` writes what a run took into the metadata."""
+    """`python -m helpers run --in-place` writes what a run took into the metadata."""
     run = notebook.metadata["run"]
     assert set(run) == {"seconds", "memory", "processor"}
     assert 0 < run["seconds"] <= BUDGET[notebook.cells[0].source.split(":")[0].lstrip("# ")]
@@ -121,7 +137,7 @@ def test_runs_within_its_budget_and_says_so(notebook):
     assert re.search(r"\w", run["processor"])
     said = re.search(TAKES, notebook.cells[0].source)
     seconds = 60 * NUMBERS.index(said["minutes"])
-    assert run["seconds"] <= seconds <= 2 * run["seconds"]
+    assert run["seconds"] <= seconds <= max(3 * run["seconds"], 60)
     assert run["memory"] <= int(said["gibibytes"]) * 2**30
 
 
@@ -156,9 +172,9 @@ def test_a_result_becomes_its_row(tmp_path):
         assert other != text
         table.write_text(other, encoding="utf-8")
         notebooks.put_result(path, table)
-        row = f"](notebooks/{path.stem}.ipynb) |"
-        [line] = [line for line in table.read_text("utf-8").splitlines() if row in line]
-        assert line.endswith(f" | {result(path)} |")
+        row = f"| [{path.stem}](notebooks/{path.stem}.ipynb) |"
+        [line] = [line for line in table.read_text("utf-8").splitlines() if line.startswith(row)]
+        assert line.endswith(f" | {notebooks.result(path)} |")
     table.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="expected one row for"):
         notebooks.put_result(path, table)
@@ -172,10 +188,40 @@ def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_reader_runs_a_copy(tmp_path, monkeypatch, capsys):
+    """It is left in exports/, with its result and progress told, and the notebook stays."""
+    path, out = tmp_path / "notebooks" / "00_page.ipynb", tmp_path / "exports"
+    for folder in (path.parent, out):
+        folder.mkdir()
+    monkeypatch.setattr(notebooks, "FOLDER", path.parent)
+    monkeypatch.setattr(notebooks, "EXPORTS", out)
+    title = nbformat.v4.new_markdown_cell("# A page\n\nof text")
+    last = nbformat.v4.new_code_cell("print('all is well')", metadata={"tags": ["result"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[title, last]), path)
+    before = path.read_bytes()
+    assert main(["run", "00"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{out / path.name}: ")
+    assert told.out.endswith("\nall is well\n")
+    assert told.err == "00_page: A page (cell 1 of 2) …\n"
+    assert path.read_bytes() == before
+    assert notebooks.result(out / path.name) == "all is well"
+    page(path, "1 / 0")
+    assert main(["run"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"{path}: expected each cell to run, found ZeroDivisionError: division by zero; open it in"
+        " JupyterLab and run it up to there"
+    ]
+    path.unlink()
+    assert main(["run", "00"]) == 2
+    assert "expected notebooks, found none" in capsys.readouterr().err
+
+
 def test_notebooks_are_chosen_by_how_their_names_begin():
     assert notebooks.chosen([]) == NOTEBOOKS
-    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[0], NOTEBOOKS[2]]
-    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 01_wav2vec2"):
+    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[1], NOTEBOOKS[3]]
+    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 00_start_here"):
         notebooks.chosen(["xx"])
 
 
@@ -186,29 +232,21 @@ def test_pictures_have_alt_text(notebook):
             assert not re.search(r"<img(?![^>]*\balt=)", cell.source)
 
 
-def result(path: Path) -> str:
-    (cell,) = [
-        cell
-        for cell in nbformat.read(path, as_version=4).cells
-        if "result" in cell.metadata.get("tags", [])
-    ]
-    return cell.outputs[-1].text.strip()
-
-
 def test_readme_table_has_each_notebook_with_its_result():
     rows = re.findall(
         r"^\| \[(\w+)\]\(notebooks/(\w+)\.ipynb\) \| .+? \| (.+) \|$",
         (ROOT / "README.md").read_text(encoding="utf-8"),
         re.M,
     )
-    assert rows == [(path.stem, path.stem, result(path)) for path in NOTEBOOKS]
+    assert rows == [(path.stem, path.stem, notebooks.result(path)) for path in NOTEBOOKS]
 
 
 def test_readme_has_the_explanation_of_the_notebook():
-    """What the README shows of `explain` is what the first notebook printed."""
+    """What the README shows of `explain` is what a notebook printed."""
     (cell,) = [
         cell
-        for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells
+        for path in NOTEBOOKS
+        for cell in nbformat.read(path, as_version=4).cells
         if "explanation" in cell.metadata.get("tags", [])
     ]
     shown = re.findall(r"```text\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
@@ -217,7 +255,8 @@ def test_readme_has_the_explanation_of_the_notebook():
 
 def test_readme_has_each_cause():
     rows = [f"| `{name}` | {told} |" for name, told in CAUSES.items()]
-    assert "\n".join(["| --- | --- |", *rows, ""]) in (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "helpers" / "README.md").read_text("utf-8")
+    assert "\n".join(["| --- | --- |", *rows, ""]) in page
 
 
 def test_sentence_pairs_are_as_their_note_says():
@@ -229,22 +268,22 @@ def test_sentence_pairs_are_as_their_note_says():
     assert not (pairs["first"] == pairs["second"]).any()
 
 
-def test_readme_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", ["README.md", "helpers/README.md", "assets/results.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
 
 
 def test_readme_installs_as_ci_does_with_any_python_and_on_windows():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     ran = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.+?)```", page.partition("\n## Notebooks")[0], re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        assert block.startswith(
-            "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
-        )
+    installs = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/"
+    first, tests = (block.strip() for block in blocks if block.startswith(installs))
     assert 'python3 -m venv "$venv"' in ran
-    assert blocks[1].strip().endswith(".venv/bin/pytest --nbmake")
+    assert first == f"{installs}python -m helpers run 00"
+    assert tests == f"{installs}pytest --nbmake"
     tests, notebooks = ran.strip().splitlines()[-2:]  # one run of them all, in two parts
     assert tests == '"$venv/bin/pytest" tests -n 2'
     assert notebooks == '"$venv/bin/pytest" --nbmake notebooks'

@@ -16,7 +16,7 @@ HOUSE = ROOT / "helpers"
 ORDER = (
     *("__main__", "bounds", "figures", "benchmark", "contenders", "quantize", "explain", "fuse"),
     *("profiling", "parity", "view", "feeds", "export", "models", "workers", "files", "graph"),
-    *("packages", "errors", "quiet"),
+    *("packages", "errors", "plots", "quiet"),
 )
 
 

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from torch.utils._pytree import tree_flatten
 
 from helpers import files, graph, models
 from helpers.export import ROUTES, export
@@ -122,6 +123,9 @@ def test_a_sentence_embedding_is_the_mean_over_keys_of_length_one():
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     found = models.runner(pooled.model)(encoded)
     assert list(found) == ["sentence_embedding"]
+    output = pooled.model(**{name: torch.from_numpy(array) for name, array in encoded.items()})
+    [leaf] = tree_flatten(output)[0]  # as exporters look into it
+    assert leaf is output.sentence_embedding
     np.testing.assert_allclose(found["sentence_embedding"], expected, atol=1e-6)
 
 

@@ -229,7 +229,7 @@ def test_the_summary_and_the_page(tmp_path):
     assert said == [
         "the best of ours over the best of theirs at equal quality: geometric mean 1.000,"
         " 3 cells, 2 missed",
-        "  missed: bert, 128 tokens, batch 8: 0.50 (0.50 to 0.50) a loss; two runs differ by 0.0%",
+        "  missed: bert, 128 tokens, batch 8: 0.50 (0.50 to 0.50); two runs differ by 0.0%",
         "  missed: vit, 224 pixels, batch 1: none of ours is as good; two runs differ by 0.0%",
     ]
     again = tables.merge(path, [row("t", 0.5, model="vit", length=224), ours("x", 0.5)])

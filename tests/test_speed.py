@@ -202,13 +202,13 @@ def test_who_is_slow_is_timed_in_the_first_rounds_alone(monkeypatch):
 
 
 def test_what_is_shown_is_that_of_the_measurements(tmp_path):
-    """The README's table and the picture are made of the csv, which has every cell."""
+    """The table of results and the picture are made of the csv, which has every cell."""
     (tmp_path / "speed.csv").write_bytes((cells.ASSETS / "speed.csv").read_bytes())
     table = tables.merge(tmp_path / "speed.csv", [])
     both = {name: 2 * len(model.lengths) for name, model in speed_models.MODELS.items()}
     assert table[cells.CELL].drop_duplicates()["model"].value_counts().to_dict() == both
-    readme = (cells.ASSETS.parent / "README.md").read_text(encoding="utf-8")
-    assert tables.page(table) in readme
+    page = (cells.ASSETS / "results.md").read_text(encoding="utf-8")
+    assert tables.page(table) in page
     tables.draw(table, tmp_path / "again.svg")
     committed = (cells.ASSETS / "speed.svg").read_bytes()
     assert (tmp_path / "again.svg").read_bytes() == committed

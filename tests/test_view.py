@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -24,7 +25,7 @@ from graphs import ATTENTION, write
 from helpers import view
 from helpers.__main__ import main
 from helpers.files import BadInput
-from helpers.view import browser, marks
+from helpers.view import browser, marks, serving
 
 NAMES = [line.split("]")[0].strip(" [") for line in ATTENTION.splitlines() if " = " in line]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g'
@@ -447,19 +448,56 @@ def fetch(url: str) -> bytes:
         return answer.read()
 
 
-def test_one_netron_at_a_time_serves_the_cut_out(tmp_path):
-    one, two = write(tmp_path / "one.onnx"), write(tmp_path / "two.onnx", LONG)
-    try:
-        first = view.show(one, "n_softmax", up=1, down=0)
-        served = onnx.load_from_string(fetch(f"{first.src}/data/one.onnx"))
-        assert [node.name for node in served.graph.node] == ["n_scale", "n_softmax"]
-        second = view.show(two, whole=True, height=300)
-        assert second.height == 300
-        assert fetch(f"{second.src}/data/two.onnx") == two.read_bytes()
-        with pytest.raises(OSError, match=r"refused|reset|404"):
-            fetch(f"{first.src}/data/one.onnx")
-    finally:
-        netron.stop()
+def test_each_page_has_its_model_on_one_port(tmp_path):
+    one, two = write(tmp_path / "one.onnx"), write(tmp_path / "a b#é&.onnx", LONG)
+    first = view.serve(one, view.cut(one, "n_softmax", up=1, down=0))
+    second = view.serve(two)
+    served = onnx.load_from_string(fetch(f"{first}data/one.onnx"))
+    assert [node.name for node in served.graph.node] == ["n_scale", "n_softmax"]
+    page = fetch(second).decode()
+    assert '<meta name="identifier" content="a b#é&amp;.onnx">' in page
+    [place] = re.findall(r'name="file" content="([^"]+)"', page)
+    assert fetch(second + place) == two.read_bytes()
+    assert first.rsplit("/", 2)[0] == second.rsplit("/", 2)[0]
+
+
+def test_the_data_of_a_whole_model_is_served_and_no_other_file(tmp_path):
+    folder, cache = tmp_path / "model", tmp_path / "blobs"
+    folder.mkdir()
+    cache.mkdir()
+    big = np.ones((8, 8192), np.float32)
+    text = f"{HEAD} (float[n,8] x) => (float[n,8192] y) {{ y = MatMul (x, big) }}"
+    model = onnx.load(write(tmp_path / "a.onnx", text, big=big))
+    onnx.save(model, cache / "0", save_as_external_data=True, location="a.data")
+    (folder / "a.onnx").symlink_to(cache / "0")  # as in a hub's cache
+    (folder / "a.data").symlink_to(cache / "a.data")
+    (folder / "secret.txt").write_text("no")
+    address = view.serve(folder / "a.onnx")
+    assert fetch(f"{address}data/a.data") == big.tobytes()
+    for other in ("data/secret.txt", "data/../../a.onnx", "server.py", "data", "../../etc/hosts"):
+        with pytest.raises(OSError, match="404"):
+            fetch(address + other)
+    with pytest.raises(OSError, match="404"):
+        fetch(address.rsplit("/", 2)[0] + "/")
+    with pytest.raises(BadInput, match="expected a model file, found none"):
+        view.serve(tmp_path / "none.onnx")
+
+
+def test_a_port_that_is_taken_is_left_alone(monkeypatch):
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setattr(serving, "PORT", taken.getsockname()[1])
+        started = serving.server.__wrapped__()
+        assert started.server_port != serving.PORT
+        started.shutdown()
+        started.server_close()
+
+
+def test_an_output_that_no_script_runs_in_says_what_to_do(tmp_path):
+    shown = view.show(write(tmp_path / "a.onnx"), height=300).data
+    assert re.sub(r"<script>.*</script>", "", shown, flags=re.DOTALL) == (
+        "<div>Run this cell to see the graph here.</div>"
+    )
+    assert re.search(r'\d+, "[\w-]{16}/", 300\)</script>', shown)
 
 
 def test_the_shell_serves_until_it_is_interrupted(tmp_path):

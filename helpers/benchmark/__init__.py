@@ -7,7 +7,7 @@ from helpers.benchmark.machine import (
     peak_memory,
     processor,
 )
-from helpers.benchmark.results import Measured, Result, plot_by
+from helpers.benchmark.results import Measured, Result
 from helpers.benchmark.timing import run
 from helpers.workers.paired import Speedup, speedup
 
@@ -19,7 +19,6 @@ __all__ = [
     "cpu_in_words",
     "instruction_sets",
     "peak_memory",
-    "plot_by",
     "processor",
     "run",
     "speedup",

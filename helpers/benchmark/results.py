@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.contenders import LOOKS, Contender
+from helpers.contenders import AGAIN, LOOKS, Contender
+from helpers.plots import WIDTH, Plot
 from helpers.workers.paired import Speedup, interval, speedup
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,25 @@ class Result:
     @property
     def caption(self) -> str:
         """What the table and the plot show, in one line."""
-        return f"speed-up against {self.reference}, median and {self.interval}; {self.conditions}"
+        return f"speed-up over {self._reference_in_words()}; {self.interval}; {self.conditions}"
+
+    def _reference_in_words(self) -> str:
+        """The reference, with the median time of one of its runs."""
+        if self.reference not in self.measured:
+            return self.reference
+        seconds = np.median(self.measured[self.reference].seconds)
+        return f"{self.reference} ({1000 * seconds:.3g} ms)"
+
+    @property
+    def noise(self) -> float:
+        """By how much two runs of one contender differ: the largest distance from 1 of what
+        `contenders.again` measured against the first run of the same. 0 where none ran twice."""
+        gaps = [
+            abs(speedup(self.measured[first].relative, measured.relative).median - 1)
+            for label, measured in self.measured.items()
+            if label.endswith(AGAIN) and (first := label.removesuffix(AGAIN)) in self.measured
+        ]
+        return max(gaps, default=0.0)
 
     def against(self, reference: str) -> "Result":
         """The same times against another contender; raises ValueError if it is none of them."""
@@ -82,6 +100,20 @@ class Result:
             label: speedup(reference, measured.relative)
             for label, measured in self.measured.items()
         }
+
+    def over(self, reference: str, labels: Sequence[str] = ()) -> "pandas.Series":
+        """The speed-ups of `labels` (all others, unless given) over `reference`, in words: faster,
+        slower, or no difference, which is what is within `noise` or whose interval holds 1."""
+        import pandas as pd
+
+        speedups = self.against(reference).speedups()
+        labels = labels or [label for label in speedups if label != reference]
+        told = {
+            label: f"{speedups[label]}, {speedups[label].verdict(self.noise)}"
+            for label in labels
+            if label in speedups
+        }
+        return pd.Series(told, name=f"over {reference}", dtype=str)
 
     def difference(self, label: str) -> float:
         """The largest difference of any output from PyTorch's, the first contender of that kind.
@@ -103,38 +135,32 @@ class Result:
     def table(self) -> "pandas.DataFrame":
         """A row for each contender, by label.
 
-        MB are 10⁶ bytes: on disk, and of its process at the most. The precision is that in which
-        products were computed, as the runtime tells. Nodes are those in the file, and those that
-        the runtime ran after optimising it by itself; those handed back are what another provider
-        than the CPU's did not take. NaN or empty: there is none.
+        MB are 10⁶ bytes: on disk, and in memory at the peak of its process, loading included. The
+        precision is that in which products were computed, as the runtime tells. What is handed back
+        are the operators that another provider than the CPU's did not take. NaN or empty: there is
+        none.
         """
         import pandas as pd
 
         rows = pd.DataFrame(
             {contender.label: self.row(contender.label) for contender in self.contenders}.values()
         )
-        decimals = {"speed-up": 2, "low": 2, "high": 2, "milliseconds": 0}
-        decimals |= {"MB on disk": 0, "MB at most": 0}
+        decimals = {"speed-up": 2, "MB on disk": 0, "MB in memory": 0}
         return rows.set_index("contender").round(decimals)
 
     def row(self, label: str) -> dict[str, object]:
         """The row of the table for the contender `label`, by column, not rounded."""
         measured = self.measured.get(label)
-        median, low, high = self.speedups().get(label, (np.nan,) * 3)
+        gain = self.speedups().get(label)
         difference = self.difference(label)
-        operators = measured.operators if measured else None
         row = {
             "contender": label,
-            "speed-up": median,
-            "low": low,
-            "high": high,
-            "milliseconds": 1000 * np.median(measured.seconds) if measured else np.nan,
-            "MB on disk": self.megabytes.get(label, np.nan),
-            "MB at most": measured.peak / 1e6 if measured else np.nan,
+            "speed-up": gain.median if gain else np.nan,
+            "interval": f"{gain.low:.2f} to {gain.high:.2f}" if gain else "",
             "precision": measured.precision if measured else "",
             "difference": "" if np.isnan(difference) else f"{difference:.0e}",
-            "nodes": sum(self.in_file.get(label, {}).values()) or "",
-            "nodes run": sum(operators.values()) if operators else "",
+            "MB on disk": self.megabytes.get(label, np.nan),
+            "MB in memory": measured.peak / 1e6 if measured else np.nan,
         }
         if any(one.handed_back is not None for one in self.measured.values()):
             row["handed back"] = _listed(measured.handed_back) if measured else ""
@@ -155,12 +181,12 @@ class Result:
         table = pd.DataFrame(columns).fillna(0).astype(int)
         return table.loc[table.max(axis=1).sort_values(ascending=False, kind="stable").index]
 
-    def plot(self) -> "Figure":
-        """The table's speed-ups as dots with their intervals; in words, `describe`."""
+    def plot(self) -> Plot:
+        """The table's speed-ups as dots with their intervals."""
         from matplotlib.figure import Figure
 
         speedups, names = self.speedups(), []
-        figure = Figure(figsize=(6.5, 1 + 0.4 * len(self.contenders)), dpi=62, layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1 + 0.4 * len(self.contenders)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(1, color="grey", linewidth=1, linestyle="--")
         for row, contender in enumerate(self.contenders):
@@ -177,9 +203,9 @@ class Result:
             axes.annotate(f"{median:.2f}", (median, row), **place)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.8)
-        axes.set_xlabel(f"speed-up against {self.reference}\n(median of rounds, {self.interval})")
+        axes.set_xlabel(f"speed-up over {self.reference} (median and {self.interval})")
         axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        return Plot(figure, self.describe())
 
     def describe(self) -> str:
         """The plot in one sentence, for those who do not see it."""
@@ -189,7 +215,7 @@ class Result:
             if label != self.reference
         ]
         parts += [f"{label} failed" for label in self.reasons]
-        title = f"Speed-up against {self.reference} (1.00), median and {self.interval}"
+        title = f"Speed-up over {self.reference} (1.00), median and {self.interval}"
         return f"{title}: {'; '.join(parts)}."
 
 
@@ -205,32 +231,3 @@ def gap(expected: np.ndarray, array: np.ndarray) -> float:
     if expected.shape != array.shape:
         return np.inf
     return float(np.max(np.abs(np.subtract(expected, array, dtype=float))))
-
-
-def plot_by(results: Mapping[int, Result], labels: Sequence[str], axis: str) -> "Figure":
-    """The speed-ups of `labels` with their intervals, by what `results` differ in, such as tokens.
-
-    `axis` names that. The tables of `results` have the same figures, for those who do not see it.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.6), dpi=62, layout="constrained")
-    axes = figure.subplots()
-    places, first = list(results), next(iter(results.values()))
-    for contender in first.contenders:
-        if contender.label not in labels:
-            continue
-        speedups = [result.speedups()[contender.label] for result in results.values()]
-        median, low, high = np.array(speedups).T
-        look = LOOKS[contender.kind]
-        axes.fill_between(places, low, high, alpha=0.12, color=look.colour)
-        inside = look.colour if look.filled else "white"
-        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": inside}
-        axes.plot(places, median, label=contender.label, **style)
-    axes.axhline(1, color="grey", linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(places, places)
-    axes.set_xlabel(axis)
-    axes.set_ylabel(f"speed-up against {first.reference}")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    return figure

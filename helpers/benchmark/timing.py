@@ -2,7 +2,7 @@
 
 Runtimes in one process fight over threads, and a machine's speed drifts within minutes. So every
 contender gets a process, one at a time runs, they take turns, and only the ratio of two times of
-the same round counts. Milliseconds are shown, as a fact of one run on one machine.
+the same round counts. Of the reference, the milliseconds are told, as a fact of one machine.
 """
 
 import contextlib
@@ -81,8 +81,8 @@ def run(
     )
     files.give_back(math.inf)  # of whatever was worked on before
     for number, together in enumerate(groups):
-        if progress:
-            logger.info(f"group {number + 1} of {len(groups)}: {len(together)} contenders")
+        if progress and len(groups) > 1:
+            logger.info(f"group {number + 1} of {len(groups)}: {len(together)} contenders …")
         with _processes(together, threads, timeout) as workers:
             group = _Group(workers, progress)
             for case, arrays in cases.items():
@@ -90,9 +90,9 @@ def run(
                 measured, count = group.time(case, rules[case], repeats)
                 rules[case] = dataclasses.replace(rules[case], least=count, most=count)
                 table.add(case, measured, group.reasons, alone=len(groups) == 1)
-    taken = {
-        case: f"{rules[case].most} rounds of {repeats}, {len(groups)} groups" for case in cases
-    }
+    of_runs = f" of {repeats} runs" if repeats > 1 else ""
+    in_groups = f", {len(groups)} groups" if len(groups) > 1 else ""
+    taken = {case: f"{rules[case].most} rounds{of_runs}{in_groups}" for case in cases}
     where = machine.conditions(threads)
     conditions = {
         case: f"{case}: {taken[case]}; {_shapes(arrays)}; {where}" for case, arrays in cases.items()
@@ -223,9 +223,10 @@ class _Group:
             number += 1
             alive = {label: np.array(times[label]) for label in self.workers}
             enough = rule.holds(number, alive, time.monotonic() - start)
-            if self.progress and (enough or number % 5 == 0):
-                most = number if enough else rule.most
-                logger.info(f"{case}: round {number} of {most}")
+            if self.progress and enough:
+                logger.info(f"{case}: {number} rounds")
+            elif self.progress and number % 5 == 0:
+                logger.info(f"{case}: round {number} of {rule.most} …")
         return {label: self.measured(label, times[label]) for label in self.workers}, number
 
     def take_turns(self, times: Mapping[str, list[float]], number: int, repeats: int) -> None:

@@ -8,10 +8,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from types import CodeType
 from typing import Any
 
+from helpers import graph
 from helpers.explain.reasons import Attempt
 
 
@@ -40,7 +40,7 @@ def is_generator(code: CodeType) -> bool:
 
 def file_of(code: CodeType) -> str:
     """The name of the file that a function is in."""
-    return "notebook cell" if "ipykernel" in code.co_filename else PurePath(code.co_filename).name
+    return graph.file_name(code.co_filename)
 
 
 @functools.cache

@@ -249,7 +249,7 @@ class Reason:
         parts += [
             (
                 "tried" if i == 0 else "",
-                f"{len(attempt.matched)} of {len(attempt.expected)}: {attempt.brief}",
+                f"{len(attempt.matched)} of {len(attempt.expected)} nodes: {attempt.brief}",
             )
             for i, attempt in enumerate(others)
         ]

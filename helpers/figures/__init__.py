@@ -1,1 +1,1 @@
-"""What lies in assets/, and what the README's tables show, made by commands."""
+"""What lies in assets/, made by commands; the notebooks, run; the pages."""

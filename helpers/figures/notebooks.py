@@ -1,22 +1,19 @@
-"""Run the notebooks in place: ``python -m helpers.figures.notebooks [01 02 …]``.
+"""The notebooks, run: into exports/ for a reader, or in place to be committed.
 
-All of them, or those whose names begin so, one after the other and offline. Each is written with
-its outputs when it has run to its end, and into its metadata, as ``run``, what that took:
-``seconds``, from the start of the kernel to its end, ``memory``, the most that the kernel and the
-processes that it started had at one time, in bytes, and the ``processor``.
-
-What its cell tagged ``result`` prints becomes its row of the README's table.
+Each is written with its outputs when it has run to its end, and into its metadata, as ``run``, what
+that took: ``seconds``, from the start of the kernel to its end, ``memory``, the most that the
+kernel and the processes that it started had at one time, in bytes, and the ``processor``. In place,
+what its cell tagged ``result`` prints becomes its row of the README's table.
 
 Memory is RSS, added up: pages that processes share count for each of them, so it is an upper bound.
 """
 
-import argparse
+import logging
 import os
 import re
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,10 @@ import psutil
 
 from helpers import benchmark, files
 
+logger = logging.getLogger(__name__)
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
+EXPORTS = FOLDER.parent / "exports"  # where what a reader runs goes; ../assets is found from there
 SAMPLED = 0.2  # seconds between two looks at the memory
 
 
@@ -63,10 +63,11 @@ def resident(process: psutil.Process) -> int:
         return 0
 
 
-def run(path: Path) -> dict[str, Any]:
-    """Run the notebook at `path` in place, and return what it took, as its metadata has it.
+def run(path: Path, out: Path | None = None) -> dict[str, Any]:
+    """Run the notebook at `path` in its folder, write it with its outputs to `out` (in place,
+    unless given), and return what it took, as its metadata has it. Progress is logged.
 
-    Raises what nbclient raises where a cell fails; the file stays as it was then.
+    Raises what nbclient raises where a cell fails; nothing is written then.
     """
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
@@ -74,7 +75,9 @@ def run(path: Path) -> dict[str, Any]:
         timeout=None,
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=_progress(notebook, path.stem),
     )
     start = time.perf_counter()
     with Peak() as peak:
@@ -84,18 +87,36 @@ def run(path: Path) -> dict[str, Any]:
         "memory": peak.bytes,
         "processor": benchmark.processor(),
     }
-    with files.replacing(path) as draft:
+    with files.replacing(out or path) as draft:
         nbformat.write(notebook, draft)
     return dict(notebook.metadata["run"])
+
+
+def _progress(notebook: nbformat.NotebookNode, name: str) -> Callable[..., None]:
+    """What logs the section that a cell begins."""
+    titles = {}  # by the number of a section's first cell
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown" and (found := re.search(r"^##? (.+)$", cell.source, re.M)):
+            titles[number] = found[1]
+
+    def begin(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if title := titles.get(cell_index):
+            logger.info(f"{name}: {title} (cell {cell_index + 1} of {len(notebook.cells)}) …")
+
+    return begin
+
+
+def result(path: Path) -> str:
+    """What the cell tagged ``result`` of the executed notebook at `path` printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    [cell] = [cell for cell in cells if "result" in cell.metadata.get("tags", [])]
+    return cell.outputs[-1].text.strip()
 
 
 def put_result(path: Path, page: Path) -> None:
     """Put what the cell tagged ``result`` of the notebook at `path` printed into its row of the
     table in `page`; raises ValueError where there is no such cell or row."""
-    cells = nbformat.read(path, as_version=4).cells
-    [result] = [cell for cell in cells if "result" in cell.metadata.get("tags", [])]
-    line = result.outputs[-1].text.strip()
-    text = page.read_text(encoding="utf-8")
+    line, text = result(path), page.read_text(encoding="utf-8")
     row = re.compile(rf"^(\| \[{path.stem}\]\([^)]+\) \| [^|]+ \| ).+( \|)$", re.MULTILINE)
     text, rows = row.subn(lambda match: f"{match[1]}{line}{match[2]}", text)
     if rows != 1:
@@ -106,8 +127,10 @@ def put_result(path: Path, page: Path) -> None:
 
 def chosen(names: Sequence[str]) -> list[Path]:
     """The notebooks whose names begin with one of `names`, or all; raises `files.BadInput` on a
-    name that none begins with."""
+    name that none begins with, and where there are none, as beside an installed package."""
     paths = sorted(FOLDER.glob("*.ipynb"))
+    if not paths:
+        raise files.BadInput(f"{FOLDER}: expected notebooks, found none; run it in a clone")
     for name in names:
         if not any(path.name.startswith(name) for path in paths):
             stems = ", ".join(path.stem for path in paths)
@@ -115,22 +138,25 @@ def chosen(names: Sequence[str]) -> list[Path]:
     return [path for path in paths if not names or path.name.startswith(tuple(names))]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of notebooks' names")
-    names = parser.parse_args(arguments).names
+def run_all(names: Sequence[str], *, in_place: bool = False) -> list[dict[str, Any]]:
+    """Run those that are `chosen`, offline; for each its ``notebook``, the ``result`` that it
+    printed, and what it took.
+
+    They are written to exports/, or with `in_place` where they are, and their rows of the README.
+    Raises `files.BadInput`, also where a cell fails.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the kernels inherit it
+    done = []
     for path in chosen(names):
-        print(f"running {path.stem} …", flush=True)
-        took = run(path)
-        put_result(path, FOLDER.parent / "README.md")
-        print(f"{took['seconds']} s, {took['memory'] / 2**30:.1f} GiB at the most", flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (files.BadInput, nbclient.exceptions.CellExecutionError) as error:
-        sys.exit(str(error))
+        out = path if in_place else EXPORTS / path.name
+        try:
+            took = run(path, out)
+        except nbclient.exceptions.CellExecutionError as error:
+            raise files.BadInput(
+                f"{path}: expected each cell to run, found {error.ename}: {error.evalue}; open it"
+                " in JupyterLab and run it up to there"
+            ) from error
+        if in_place:
+            put_result(path, FOLDER.parent / "README.md")
+        done.append({"notebook": str(out), "result": result(out), **took})
+    return done

@@ -1,7 +1,8 @@
 """Draw the pictures of the notebooks, in assets/: ``python -m helpers.figures.pictures``.
 
 Each is drawn by Netron from a graph that is made here. They have two layers, which are as those of
-the full models; the fusion is that of notebook 01's cells. It takes a minute, and Chromium.
+the full models; the models and fusions that a notebook defines are those of its cells. It takes a
+minute, and Chromium.
 """
 
 import math
@@ -18,21 +19,28 @@ from helpers import explain, export, files, graph, models, view
 from helpers.quiet import quiet
 
 ASSETS = Path(__file__).parents[2] / "assets"
-NOTEBOOK = ASSETS.parent / "notebooks" / "01_wav2vec2.ipynb"
+NOTEBOOKS = ASSETS.parent / "notebooks"
 SIZES = {"num_heads": 12, "hidden_size": 768}
 
 
-def fusion() -> dict[str, Any]:
-    """What the cells of the notebook define that are tagged ``fusion``."""
-    names: dict[str, Any] = {"math": math, "optimizer": optimizer}
-    names["bart"] = optimizer.MODEL_TYPES["bart"][0]
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if "fusion" in cell.metadata.get("tags", []):
-            exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
+def defined(notebook: str, tag: str, names: dict[str, Any]) -> dict[str, Any]:
+    """What the cells of the notebook define that are tagged so, given `names`."""
+    for cell in nbformat.read(NOTEBOOKS / notebook, as_version=4).cells:
+        if tag in cell.metadata.get("tags", []):
+            exec(compile(cell.source, notebook, "exec"), names)
     return names
 
 
 Picture = tuple[Path, str | None, dict[str, Any]]  # a file, the node around which, and marks
+
+
+def start(work: Path) -> dict[str, Picture]:
+    """The picture of notebook 00, whose graph is exported to `work`."""
+    given = {"torch": torch, "functional": torch.nn.functional, "EXPORTS": work}
+    with quiet():
+        exported = defined("00_start_here.ipynb", "model", given)["exported"]
+    [reason] = explain.explain(exported, "bert", num_heads=8, hidden_size=256).reasons
+    return {"00_break.svg": (exported, None, reason.marks())}
 
 
 def wav2vec2(work: Path) -> dict[str, Picture]:
@@ -42,7 +50,8 @@ def wav2vec2(work: Path) -> dict[str, Picture]:
     unfused, fused = work / "unfused.onnx", work / "fused.onnx"
     exported = export.export(model, example, unfused, "torchscript")
     [reason] = explain.explain(unfused, "bart", **SIZES).reasons
-    options = fusion()["OPTIONS"]
+    given = {"math": math, "optimizer": optimizer, "bart": optimizer.MODEL_TYPES["bart"][0]}
+    options = defined("01_wav2vec2.ipynb", "fusion", given)["OPTIONS"]
     with quiet(), files.writing(fused) as draft:
         optimised = optimizer.optimize_model(str(unfused), "wav2vec2", *SIZES.values(), options)
         optimised.save_model_to_file(str(draft))
@@ -100,7 +109,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (wav2vec2, text, deberta):
+        for pictures in (start, wav2vec2, text, deberta):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)

@@ -119,7 +119,7 @@ def fuse(
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
-    opened, out = files.Opened.of(model), Path(out).absolute()
+    opened, named, out = files.Opened.of(model), str(out), Path(out).absolute()
     files.keep_apart(opened, out)
     report = _Report()
     fused = _stepped(opened.path, target, report)
@@ -138,7 +138,7 @@ def fuse(
             reference = _reference(opened, report)
             compared = parity.compare(reference, [written], cases, description)
             [answer.parity], answer.inputs = compared.candidates, compared.inputs
-            answer.parity.name = str(out)
+        answer.parity.name = named
         written.close()
         if not answer.held:
             draft.unlink()  # so that nothing is written
@@ -163,7 +163,7 @@ def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused
         report.repaired,
         _not_portable(fused) if target == "portable" else [],
         openvino.handed_back(fused) if target == "openvino" else [],
-        parity.Candidate(str(out), held=False, max_abs_diff=float("inf")),
+        parity.Candidate(out.name, held=False, max_abs_diff=float("inf")),
         "none",
     )
 

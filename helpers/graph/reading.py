@@ -191,4 +191,9 @@ def origin(node: ir.Node) -> str | None:
     if not frames:
         return module(node)
     file, line = frames[-1]
-    return f"{PurePath(file).name}:{line} in {module(node) or 'the model'}"
+    return f"{file_name(file)}:{line} in {module(node) or 'the model'}"
+
+
+def file_name(path: str) -> str:
+    """The name of a file with source code, as a reader knows it."""
+    return "notebook cell" if "ipykernel" in path else PurePath(path).name

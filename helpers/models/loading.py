@@ -125,7 +125,8 @@ def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
     """
 
     import torch
-    from transformers.utils import ModelOutput
+
+    Output = _sentence_output()  # before the model is traced, in which it cannot be registered
 
     class SentenceEncoder(base):
         def forward(self, input_ids, attention_mask, **others):
@@ -134,9 +135,21 @@ def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
             mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
             embedding = torch.nn.functional.normalize(mean, dim=1)
             # "embedding" alone would be the name of the look-up in an exported graph
-            return ModelOutput(sentence_embedding=embedding)
+            return Output(sentence_embedding=embedding)
 
     return SentenceEncoder
+
+
+@functools.cache
+def _sentence_output() -> type:
+    """The class of what a sentence encoder returns."""
+    from transformers.utils import ModelOutput
+
+    @dataclass
+    class SentenceOutput(ModelOutput):
+        sentence_embedding: torch.Tensor | None = None
+
+    return SentenceOutput
 
 
 def _from_package(architecture: Architecture) -> tuple[Path, str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +15,11 @@ import onnx
 import onnx_ir as ir
 
 from helpers import files, graph
-from helpers.graph import walks
-from helpers.view import browser, marks
+from helpers.graph import external, walks
+from helpers.view import browser, marks, serving
 
 if TYPE_CHECKING:
-    from IPython.display import IFrame
+    from IPython.display import HTML
 
 READABLE = 60  # nodes up to which a graph is shown whole where no node is named
 
@@ -239,15 +238,21 @@ def save(
 def serve(path: str | Path, shown: View | None = None) -> str:
     """Serve `shown`, or all of the model at `path`, with Netron on this machine; its address.
 
-    The server before it, if any, is stopped first: two in one process both show the last model.
+    Nothing is sent to another machine. It is served as long as the process lives, and so are those
+    before it, all on one port. Raises `files.BadInput`.
     """
-    import netron
+    return f"http://localhost:{serving.server().server_port}/{_served(path, shown)}"
 
-    netron.stop()
-    logging.getLogger("netron.server").setLevel(logging.WARNING)  # the address is returned
-    data = bytearray(shown.to_proto().SerializeToString()) if shown else None
-    host, port = netron.serve(str(path), data, browse=False)
-    return f"http://{host}:{port}"
+
+def _served(path: str | Path, shown: View | None) -> str:
+    """The path of the page at `serving.server`."""
+    if shown:
+        path = Path(path)
+        return serving.server().add(path, {path.name: shown.to_proto().SerializeToString()})
+    path = files.check(path, notes=[])
+    tensors = external.tensors(onnx.load(path, load_external_data=False))
+    data = {external.location(tensor): external.place(path, tensor) for tensor in tensors}
+    return serving.server().add(path, {**data, path.name: path})
 
 
 def show(
@@ -257,15 +262,15 @@ def show(
     whole: bool = False,
     height: int = 500,
     **choice: Any,
-) -> IFrame:
-    """A frame with Netron, live, for a notebook cell: what `cut` chooses, or the `whole` graph.
+) -> HTML:
+    """Netron, live, for a notebook cell: what `cut` chooses, or the `whole` graph.
 
-    `around` and `choice` are passed to `cut`, `height` is in pixels. One Netron at a time: the
-    frame before it stops answering.
+    `around` and `choice` are passed to `cut`, `height` is in pixels. Netron runs in the kernel, on
+    a port of its machine. A notebook that is open in a browser on that machine shows it directly;
+    elsewhere through jupyter-server-proxy, if Jupyter has it; else a line says what to do. Nothing
+    is sent to another machine. Raises `files.BadInput`.
     """
-    from IPython.display import IFrame
+    from IPython.display import HTML
 
-    shown = None
-    if not whole:
-        shown = cut(path, around, **choice)
-    return IFrame(serve(path, shown), width="100%", height=height)
+    shown = None if whole else cut(path, around, **choice)
+    return HTML(serving.html(_served(path, shown), height))

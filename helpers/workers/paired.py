@@ -17,20 +17,21 @@ def turns(labels: Sequence[str], number: int) -> list[str]:
 
 
 class Speedup(NamedTuple):
-    """Above 1 is faster than the reference. `low` and `high` bound the median, see `ranks`.
-
-    As text, with what it tells: a gain, a loss, or nothing, where the interval holds 1.
-    """
+    """Above 1 is faster than the reference. `low` and `high` bound the median, see `ranks`."""
 
     median: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        tells = "a gain" if self.median > 1 else "a loss"
-        if self.low <= 1 <= self.high:
-            tells = "cannot tell"
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}) {tells}"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+    def verdict(self, noise: float = 0.0) -> str:
+        """What it tells where two runs of one contender differ by `noise` (0.03 is 3 %): faster,
+        slower, or no difference, which is also where the interval holds 1."""
+        if abs(self.median - 1) <= noise or self.low <= 1 <= self.high:
+            return "no difference"
+        return "faster" if self.median > 1 else "slower"
 
 
 def ranks(rounds: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which fuser fuses which attention: fused_sites.csv, fused_sites.svg, and the table in README.md.
+"""Which fuser fuses which attention: fused_sites.csv, fused_sites.svg, and the table in results.md.
 
 ``python -m helpers.figures.fused_sites.table [--architectures BERT T5]``
 
@@ -135,7 +135,7 @@ def main() -> None:
     save(results)
     draw(results)
     table = markdown(results)
-    page.put(ASSETS.parent / "README.md", "fused_sites", table)
+    page.put(ASSETS / "results.md", "fused_sites", table)
     print(table)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from helpers.contenders import AGAIN
 from helpers.figures.cells import CELL
-from helpers.figures.precision.table import AGAIN, Row
+from helpers.figures.precision.table import Row
 
 RUNTIMES = ("PyTorch", "ONNX Runtime", "ONNX Runtime with OpenVINO", "OpenVINO")
 PRECISIONS = ("fp32", "bf16", "8 bits", "8 bits, calibrated")

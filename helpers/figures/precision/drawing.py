@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from helpers import files
+from helpers.contenders import AGAIN
 from helpers.figures import cells
 from helpers.figures.precision.by_runtime import PRECISIONS, RUNTIMES, computed_in, runtime
 from helpers.figures.precision.quality import SPEARMAN
-from helpers.figures.precision.table import AGAIN, FLOATS, LOSS
+from helpers.figures.precision.table import FLOATS, LOSS
 
 LEAST = FLOATS / 10  # errors below are drawn here
 COLOURS = dict(zip(RUNTIMES, ("black", "#0072b2", "#cc79a7", "#d55e00"), strict=True))

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers import benchmark
+from helpers import benchmark, contenders
 from helpers.contenders import Contender
 from helpers.figures import cells, page
 from helpers.figures.cells import ASSETS
@@ -75,9 +75,9 @@ def measure(
         best = table.fastest(table.able([*rows.values()], ours=False))
         of_best = {one.label: one for one in kept}.get(best["contender"] if best else "")
         if of_best:
-            label = of_best.label + table.AGAIN
-            qualities = {**qualities, label: qualities[of_best.label]}
-            kept.append(dataclasses.replace(of_best, label=label))
+            twin = contenders.again(of_best)
+            qualities = {**qualities, twin.label: qualities[of_best.label]}
+            kept.append(twin)
         later = []
         for number in range(SITTINGS):
             share = len(range(number, rounds, SITTINGS))

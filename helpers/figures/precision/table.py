@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import benchmark
+from helpers.contenders import AGAIN
 from helpers.figures import cells
 from helpers.figures.cells import CELL
 from helpers.figures.precision.models import MODELS
@@ -20,7 +21,6 @@ TYPES |= {"rounds": int, "ratios": str, "reason": str, "processor": str}
 
 LOSS = 0.005  # of Spearman's correlation against fp32, up to which quality is equal
 FLOATS = 1e-4  # errors below it are those of fp32, and equal
-AGAIN = ", again"  # how the label of the same graph, run a second time, ends
 
 Row = Mapping[str, Any]
 
@@ -185,10 +185,7 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for cell, of_cell in by_cell(table).items():
         found = best(of_cell)
-        gain = "none"
-        if found.speedup:
-            median, low, high = found.speedup
-            gain = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        gain = f"{found.speedup or 'none'}"
         row = [names[cell], *shown(found.theirs), *shown(found.ours), gain]
         rows.append(f"| {' | '.join([*row, f'{found.differ:.1%}'])} |")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ does not compute what PyTorch computes takes no part. A *ratio* is the time of o
 that of the fastest of the others, paired by round: below 1 is faster than all of them.
 
 It may be run in parts. A cell that is measured again replaces its rows in assets/speed.csv; the
-summary, the picture, speed.svg, and the README's table are made of all cells there.
+summary, the picture, speed.svg, and the table in results.md are made of all cells there.
 Export files go to a temporary folder, up to 10 GB for one model.
 """
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table.summary(rows))
     table.draw(rows, given.csv.with_suffix(".svg"))
     if given.csv == ASSETS / "speed.csv":
-        page.put(ASSETS.parent / "README.md", "speed", table.page(rows))
+        page.put(ASSETS / "results.md", "speed", table.page(rows))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def page(table: pd.DataFrame) -> str:
-    """What the README shows: the summary, and the table."""
+    """What the page of results shows: the summary, and the table."""
     return f"```\n{summary(table)}\n```\n\n{markdown(table)}"
 
 
