@@ -137,7 +137,7 @@ def test_runs_within_its_budget_and_says_so(notebook):
     assert re.search(r"\w", run["processor"])
     said = re.search(TAKES, notebook.cells[0].source)
     seconds = 60 * NUMBERS.index(said["minutes"])
-    assert run["seconds"] <= seconds <= max(2 * run["seconds"], 60)
+    assert run["seconds"] <= seconds <= max(3 * run["seconds"], 60)
     assert run["memory"] <= int(said["gibibytes"]) * 2**30
 
 
@@ -220,8 +220,8 @@ def test_a_reader_runs_a_copy(tmp_path, monkeypatch, capsys):
 
 def test_notebooks_are_chosen_by_how_their_names_begin():
     assert notebooks.chosen([]) == NOTEBOOKS
-    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[0], NOTEBOOKS[2]]
-    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 01_wav2vec2"):
+    assert notebooks.chosen(["03", "01_w"]) == [NOTEBOOKS[1], NOTEBOOKS[3]]
+    with pytest.raises(files.BadInput, match="xx: expected the beginning of one of 00_start_here"):
         notebooks.chosen(["xx"])
 
 
@@ -242,10 +242,11 @@ def test_readme_table_has_each_notebook_with_its_result():
 
 
 def test_readme_has_the_explanation_of_the_notebook():
-    """What the README shows of `explain` is what the first notebook printed."""
+    """What the README shows of `explain` is what a notebook printed."""
     (cell,) = [
         cell
-        for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells
+        for path in NOTEBOOKS
+        for cell in nbformat.read(path, as_version=4).cells
         if "explanation" in cell.metadata.get("tags", [])
     ]
     shown = re.findall(r"```text\n(.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)

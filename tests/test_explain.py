@@ -228,6 +228,9 @@ def test_a_fusion_without_source_is_explained_by_its_paths(tmp_path):
 
 
 MATCH = 'self.model.match_parent_path(node, ["Div", "MatMul"], [0, 0])'
+ASK = (
+    "def ask(start, path):\n    return start and self.model.match_parent_path(start, path, [0, 0])"
+)
 
 STYLES = {
     "walrus": f"if (found := {MATCH}) is None: return",
@@ -251,6 +254,10 @@ STYLES = {
     "    other = self.model.match_parent_path(node, ['Sub', 'Sub', 'MatMul'], [0, 0, 0])\n"
     "    if other is None:\n        return",
     "try": f"try:\n    a, b = {MATCH}\nexcept TypeError:\n    return",
+    "of nothing": f"{ASK}\nfound = ask(node, ['Div', 'MatMul'])\n"
+    "a, b = ask(found, ['Add']), ask(found, ['Sub'])\nif a and b:\n    self.done()",
+    "two in a line": f"{ASK}\na, b = ask(node, ['Div', 'MatMul']), ask(None, ['Sub'])\n"
+    "if a and b:\n    self.done()",
 }
 
 
@@ -279,6 +286,29 @@ class Own(Fusion):
     (reason,) = explain(attention(tmp_path), fusion=f"{tmp_path}/own.py:Own", **options()).reasons
     assert reason.attempt.expected[0] == "Div"
     assert [one.name for one in reason.attempt.found] == ["n_scale"]
+
+
+def test_a_check_that_says_no_is_the_reason(tmp_path):
+    """And not a path that may be missing, which the check was given."""
+    (tmp_path / "own.py").write_text("""
+from fusion_base import Fusion
+
+class Own(Fusion):
+    def __init__(self, model):
+        super().__init__(model, "Attention", "Softmax")
+
+    def allowed(self, node, mask):
+        return mask is not None or node.op_type == "Relu"
+
+    def fuse(self, node, children, parents):
+        mask = self.model.match_parent_path(node, ["Sub"], [0])
+        allowed = self.allowed(node, mask)
+        if not allowed:
+            return
+""")
+    (reason,) = explain(attention(tmp_path), fusion=f"{tmp_path}/own.py:Own", **options()).reasons
+    assert (reason.kind, reason.attempt) == ("check", None)
+    assert "Relu" in reason.within[0]
 
 
 @pytest.mark.parametrize(

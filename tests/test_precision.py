@@ -209,8 +209,15 @@ def test_who_is_timed_further():
     rows = [row("t", 0.5, good=0.01), row("near", 0.6, good=1e-5), row("far", 0.8)]
     rows += [ours("fast", 0.2, good=0.1), ours("as good", 0.7, good=0.01), ours("slow", 0.95)]
     rows += [ours("exact", 0.9, good=0), ours("late", 1.3, good=0)]
-    assert measuring.close(rows) == {"t", "near", "fast", "as good", "exact"}
-    assert measuring.close([]) == set()
+    every = ["t", "as good", "near", "exact", "fast"]
+    assert measuring.finalists(rows) == every
+    assert measuring.finalists([]) == []
+    alone = [row(f"t{number}", 0.5 + number / 100) for number in range(3)]
+    assert measuring.finalists(alone) == ["t0", "t1", "t2"]  # there are none of ours
+    by_label = {one["contender"]: one for one in [row("reference", 1.0), *rows]}
+    those = [contenders.Contender(label, "ours", reason="not made") for label in by_label]
+    for size, labels in ((9, {"reference", *every}), (3, {"reference", "t", "as good"})):
+        assert {one.label for one in measuring.chosen(those, by_label, size)} == labels
 
 
 def test_the_summary_and_the_page(tmp_path):
@@ -356,3 +363,20 @@ def test_the_fastest_of_each_runtime_and_precision(tmp_path):
     assert [*found["ours", "speed-up"]] == ["", "", "3.33", "2.50", ""]
     with pytest.raises(ValueError, match="found no row of it"):
         by_runtime.read(tmp_path / "a.csv", "bert", 16, 1)
+
+
+def test_the_page_says_what_was_not_measured():
+    wanted = [
+        {"model": name, "length": length, "batch": batch}
+        for name, model in models.MODELS.items()
+        for length in model.lengths
+        for batch in (1, 8)
+    ]
+    rows = [r | cell for cell in wanted[1:] for r in (row("t", 0.5), ours("old", 0.4))]
+    rows += [ours("new", 0.3) | cell for cell in wanted[-2:]]
+    page = tables.page(pd.DataFrame(rows))
+    assert "- not measured: minilm, 64 tokens, batch 1\n" in page
+    assert f"- new: in 2 of {len(wanted) - 1} cells" in page
+    assert "old: in" not in page
+    complete = pd.DataFrame([row("t", 0.5) | cell for cell in wanted])
+    assert tables.not_measured(complete) == []

@@ -492,22 +492,25 @@ def test_convolutions_for_openvino_read_no_signed_numbers(tmp_path):
     pytest.importorskip("nncf", reason="2026-11-30: nncf is optional")
 
     def build(g, wrong):
-        x = g.given("x", np.float32, "batch", 8, "length")
-        first = g.Conv(g.Gelu(x), g.weight("kernel", 8, 8, 3, scale=0.3), pads=[1, 1], name="whole")
+        x = g.given("x", np.float32, "batch", "length")
+        channel = g.Unsqueeze(x, np.array([1]))
+        first = g.Conv(channel, g.weight("first", 8, 1, 3, scale=0.3), pads=[1, 1], name="first")
+        kernel = g.weight("kernel", 8, 8, 3, scale=0.3)
+        first = g.Conv(g.Gelu(first), kernel, pads=[1, 1], name="whole")
         grouped = g.weight("grouped_kernel", 8, 2, 3, scale=0.3)
         second = g.Conv(g.Gelu(first), grouped, pads=[1, 1], group=4, name="grouped")
         turned = g.Transpose(second, perm=[0, 2, 1])
         g.gives("y", g.MatMul(turned, g.weight("w", 8, 8, scale=0.3)), "batch", "length", 8)
 
     path, npz = save(tmp_path / "in.onnx", build), tmp_path / "x.npz"
-    np.savez(npz, x=np.random.default_rng(0).normal(size=(32, 8, 40)).astype(np.float32))
+    np.savez(npz, x=np.random.default_rng(0).normal(size=(32, 40)).astype(np.float32))
     base = tmp_path / "base.onnx"
     layers = prepare(path, base)
     given = samples.read(npz, files.Opened(path))
     found = {way.name: way for way in ways(base, layers, "openvino", 8, given)}
     for name, rounded in (
         ("static, by NNCF", []),
-        ("static, by NNCF, convolutions too", ["whole"]),
+        ("static, by NNCF, convolutions too", ["first", "whole"]),
     ):
         out = tmp_path / f"{name}.onnx"
         found[name].make(base, out, layers)
@@ -516,7 +519,10 @@ def test_convolutions_for_openvino_read_no_signed_numbers(tmp_path):
         weights = {one: node.inputs[1].producer() for one, node in kinds.items()}
         assert [one for one, node in weights.items() if node is not None] == rounded
         for one in rounded:
-            zero = kinds[one].inputs[0].producer().inputs[2].const_value
+            read = kinds[one].inputs[0].producer()
+            if read.op_type == "Unsqueeze":
+                read = read.inputs[0].producer()
+            zero = read.inputs[2].const_value
             assert zero.dtype == ir.DataType.UINT8
             assert zero.numpy() > 0
         x = np.load(npz)["x"][:4]

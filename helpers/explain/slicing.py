@@ -67,6 +67,14 @@ def _new_variables(expressions: list[ast.expr], seen: set[str]) -> list[str]:
     return list(dict.fromkeys(name for name in read if name not in seen))
 
 
+def _broke(step: Step) -> bool:
+    """Whether a function gave nothing, after a path that did not match. One that gave nothing since
+    it was given nothing has asked for none."""
+    return _missing(step.value) and (
+        any(attempt.broke for _, attempt in step.attempts) or any(map(_broke, step.inner))
+    )
+
+
 def _progress(step: Step) -> int:
     """How many nodes the paths that a function asked for have found."""
     return sum(len(attempt.matched) for _, attempt in step.attempts)
@@ -112,6 +120,8 @@ class _Reader(Conditions):
         that leads to paths that did not match; add to `answer` what is met."""
         level = [(expression, True) for expression in leaves]
         seen: set[str] = set()
+        called: list[Step] = []  # the first functions that gave nothing, and what was met till then
+        met: tuple[dict[str, str], set[str], list[Any]] = ({}, set(), [])
         for _ in range(DEPTH + 1):
             for expression, is_empty in level:
                 answer.calls |= functions_called(expression)
@@ -119,8 +129,15 @@ class _Reader(Conditions):
             empty = [expression for expression, is_empty in level if is_empty]
             names = _new_variables(empty, seen)
             asked = self._asked(empty)
-            if self._paths(names, answer, asked) or self._inner(names, empty, answer, only_called):
-                break
+            if self._paths(names, answer, asked):
+                return
+            inner = self._called(names, empty)
+            broke = list(filter(_broke, inner))
+            if broke or any(step.value is False for step in inner):  # a check said no
+                self._go_on(broke or inner, answer, only_called)
+                return
+            if inner and not called:
+                called, met = inner, ({**answer.operands}, {*answer.calls}, [*answer.values])
             names = _new_variables([expression for expression, _ in level], seen)
             seen.update(names)
             level = [
@@ -128,6 +145,9 @@ class _Reader(Conditions):
                 for name in names
                 for expression in self._sources(name)
             ]
+        if called:
+            answer.operands, answer.calls, answer.values = met
+            self._go_on(called, answer, only_called)
 
     def _sort(self, answer: GaveUp) -> None:
         """Put the paths of the function itself, and their variables, as its code has them."""
@@ -217,10 +237,8 @@ class _Reader(Conditions):
         answer.broken = answer.broken or asked
         return bool(answer.broken)
 
-    def _inner(
-        self, names: list[str], level: list[ast.expr], answer: GaveUp, only_called: bool
-    ) -> bool:
-        """Go on in a function that was called for one of `names`, or in a condition."""
+    def _called(self, names: list[str], level: list[ast.expr]) -> list[Step]:
+        """The functions that were called for one of `names`, or in a condition."""
         lines = [range(expression.lineno, expression.end_lineno + 1) for expression in level]
         for name in names:
             if _missing(self.get(name)):
@@ -229,13 +247,14 @@ class _Reader(Conditions):
                     for assignment in self.function.assigned(name, self.step.line)
                     if not isinstance(assignment, ast.For)
                 ]
-        called = [
+        return [
             inner_step
             for inner_step in self.step.inner
             if any(inner_step.called_at in span for span in lines)
         ]
-        if not called:
-            return False
+
+    def _go_on(self, called: list[Step], answer: GaveUp, only_called: bool) -> None:
+        """Go on in that of the functions `called` which came furthest."""
         step = max(reversed(called), key=_progress)
         inner = _Reader(step, self.write).gave_up()
         file = file_of(step.code)
@@ -249,7 +268,6 @@ class _Reader(Conditions):
         answer.values += inner.values
         answer.calls |= inner.calls
         answer.test = f"{answer.test}; {inner.test}" if inner.test else answer.test
-        return True
 
     def _last_group(self, answer: GaveUp) -> None:
         """Without source: the attempts that failed last, all from one node."""

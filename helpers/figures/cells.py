@@ -14,6 +14,7 @@ from helpers.figures.speed.models import Model
 
 ASSETS = Path(__file__).parents[2] / "assets"
 CELL = ["model", "length", "batch"]
+BATCHES = [1, 8]
 
 Types = Mapping[str, type]  # of each column, by name
 Models = Mapping[str, Model]
@@ -73,7 +74,7 @@ def parser(description: str, models: Models, csv: Path, *, at_once: int) -> argp
     parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
     parser.add_argument("--rounds", type=int, default=10, metavar="N")
     parser.add_argument("--lengths", **several, help="in the model's unit; default: its own two")
-    parser.add_argument("--batches", **several, default=[1, 8])
+    parser.add_argument("--batches", **several, default=BATCHES)
     parser.add_argument(
         "--at-once",
         type=int,

@@ -22,6 +22,7 @@ LOADERS = {  # by target, what runs a file in a process of its own
 THREADS, TIMEOUT = 2, 300  # of one process; seconds that one turn may take
 ROUNDS, SECONDS = (3, 10), 5  # of one sitting, at least and at most; its length
 RUNS = 3  # in a turn, of which the median counts: the first finds the caches full of another's data
+SHORT = 1.0  # seconds of a run, up to which there are several in a turn
 Run = Callable[[parity.Outputs], parity.Outputs]
 
 
@@ -112,20 +113,22 @@ def seconds(
     times: dict[str, list[float]] = {label: [] for label in paths}
     for order in ([*paths], [*paths][::-1]):
         with _processes({label: paths[label] for label in order}, target) as workers:
-            for worker in workers.values():  # which is not timed
+            start = time.monotonic()
+            for worker in workers.values():  # which does not count
                 worker.give(arrays)
                 worker.receive()
-            _sitting(workers, times)
+            short = time.monotonic() - start < SHORT * len(workers)
+            _sitting(workers, RUNS if short else 1, times)
     return {label: np.array(taken) for label, taken in times.items()}
 
 
-def _sitting(workers: Mapping[str, Worker], times: Mapping[str, list[float]]) -> None:
-    """Time the workers round by round, and add the seconds to `times`."""
+def _sitting(workers: Mapping[str, Worker], runs: int, times: Mapping[str, list[float]]) -> None:
+    """Time the workers round by round, so many `runs` in a turn, and add the seconds to `times`."""
     least, most = ROUNDS
     end = time.monotonic() + SECONDS
     for number in range(most):
         for label in turns([*workers], number):
-            workers[label].send(runs=RUNS)
+            workers[label].send(runs=runs)
             times[label].append(workers[label].receive()["seconds"])
         if number + 1 >= least and time.monotonic() > end:
             break

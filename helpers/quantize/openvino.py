@@ -16,6 +16,7 @@ from helpers.workers import runtimes
 
 OUTLIERS = 1e-4  # of the numbers at either end of a range, which rounding cuts off
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+_SAME_NUMBERS = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def nncf() -> ModuleType:
@@ -123,12 +124,17 @@ def _without_signs(model: ir.Model) -> None:
     as slow so (OpenVINO 2026.4, its profile).
     """
     for node in graph.nodes(model):
-        read = node.inputs[0].producer() if node.op_type == "Conv" else None
-        rounded = read.inputs[0].producer() if read is not None and read.inputs else None
-        if rounded is None or (rounded.op_type, read.op_type) != _ROUNDING:
-            continue
-        if len([*rounded.outputs[0].consumers()]) == 1 == len([*read.outputs[0].consumers()]):
+        read = _alone(node.inputs[0]) if node.op_type == "Conv" else None
+        while read is not None and read.op_type in _SAME_NUMBERS:  # audio gets its channel here
+            read = _alone(read.inputs[0])
+        rounded = _alone(read.inputs[0]) if read is not None and read.inputs else None
+        if rounded is not None and (rounded.op_type, read.op_type) == _ROUNDING:
             _to_unsigned(model.graph, rounded, read)
+
+
+def _alone(value: ir.Value) -> ir.Node | None:
+    """The node that makes `value`, if nothing else reads it."""
+    return value.producer() if len([*value.consumers()]) == 1 else None
 
 
 def _to_unsigned(inside: ir.Graph, rounded: ir.Node, read: ir.Node) -> None:

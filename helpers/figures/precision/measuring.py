@@ -16,6 +16,7 @@ picture and the page of results are made of all cells there. Files go to a tempo
 """
 
 import dataclasses
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -57,8 +58,9 @@ def measure(
     """A row for each contender on `arrays`: its ratio to the first, or its reason.
 
     All take part in the first rounds, `at_once` models in memory. Those that may be the best at
-    equal quality are then timed in `rounds` more, the best of theirs twice, together if memory
-    allows, in a few sittings. Who was too slow keeps the ratio of the first rounds.
+    equal quality are then timed in `rounds` more, in a few sittings, the best of theirs twice: as
+    many as fit into memory together, so that all are paired. The others keep the ratio of the first
+    rounds.
     """
     every = [*those["theirs"], *those["ours"]]
     ours = {contender.label for contender in those["ours"]}
@@ -67,13 +69,11 @@ def measure(
     first = benchmark.run(every, rounds=FIRST, at_once=at_once, **common)[name]
     print(first.conditions, flush=True)
     rows = _rows([first], qualities, ours)
-    labels = close(list(rows.values()))
-    kept = [one for one in every if one.label in labels or one is every[0]]
-    kept = [one for one in kept if not rows[one.label]["reason"]]
+    kept = chosen(every, rows, len(every))
     if len(kept) > 1:
+        kept = chosen(every, rows, at_most_together(first, kept))
         best = table.fastest(table.able([*rows.values()], ours=False))
         of_best = {one.label: one for one in kept}.get(best["contender"] if best else "")
-        size = at_most_together(first, kept) + 1
         if of_best:
             twin = contenders.again(of_best)
             qualities = {**qualities, twin.label: qualities[of_best.label]}
@@ -83,7 +83,7 @@ def measure(
             share = len(range(number, rounds, SITTINGS))
             if share:
                 order = [kept[0], *kept[:0:-1]] if number % 2 else kept
-                later += [benchmark.run(order, rounds=share, at_once=size, **common)[name]]
+                later += [benchmark.run(order, rounds=share, at_once=len(order), **common)[name]]
         rows |= _rows(later, qualities, ours)
     return [*rows.values()]
 
@@ -97,19 +97,33 @@ def repeats_of(reference: Contender, arrays: Arrays, name: str) -> int:
     return int(np.clip(TURN / seconds, 1, REPEATS))
 
 
-def close(rows: Sequence[table.Row]) -> set[str]:
-    """Who may be the fastest at equal quality: of theirs those near the fastest, and for each of
-    them, of ours that are as good those near the fastest; and near the fastest of ours."""
+def chosen(every: Sequence[Contender], rows: Mapping[str, table.Row], size: int) -> list[Contender]:
+    """Up to `size`: the reference, and those that may be the fastest at equal quality."""
+    labels = list(dict.fromkeys([every[0].label, *finalists([*rows.values()])]))[:size]
+    return [one for one in every if one.label in labels and not rows[one.label]["reason"]]
+
+
+def finalists(rows: Sequence[table.Row]) -> list[str]:
+    """The labels of those that may be the fastest at equal quality, of theirs and of ours by turns:
+    of theirs the fastest; of ours the fastest that are as good as each of these, and the fastest of
+    all."""
     theirs = near(table.able(rows, ours=False))
-    ours = near(table.able(rows, ours=True))
-    for row in theirs:
-        ours += near(table.as_good(rows, row))
-    return {row["contender"] for row in [*theirs, *ours]}
+    of_ours = [near(table.as_good(rows, row)) for row in theirs]
+    of_ours.append(near(table.able(rows, ours=True)))
+    ours = by_turns(*([row["contender"] for row in some] for some in of_ours))
+    return by_turns([row["contender"] for row in theirs], ours)
+
+
+def by_turns(*lists: Sequence[str]) -> list[str]:
+    """The first of each, the second of each, and so on, each label once."""
+    ranks = itertools.zip_longest(*lists)
+    return list(dict.fromkeys(label for rank in ranks for label in rank if label is not None))
 
 
 def near(rows: Sequence[table.Row]) -> list[table.Row]:
-    best = table.fastest(rows)
-    return [row for row in rows if row["ratio"] <= CLOSE * best["ratio"]]
+    """The fastest, and those near it, in the order of their times."""
+    ordered = sorted(rows, key=lambda row: row["ratio"])
+    return [row for row in ordered if row["ratio"] <= CLOSE * ordered[0]["ratio"]]
 
 
 def _rows(

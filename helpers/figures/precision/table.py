@@ -197,6 +197,28 @@ ALT = (
 )
 
 
+def not_measured(table: pd.DataFrame) -> list[str]:
+    """What the table lacks, a line each: cells, and contenders of ours that only some cells have,
+    since the others were measured before those were added."""
+    cells_of = by_cell(table)
+    wanted = [
+        (name, length, batch)
+        for name, model in MODELS.items()
+        for length in model.lengths
+        for batch in cells.BATCHES
+    ]
+    frame = pd.DataFrame([cell for cell in wanted if cell not in cells_of], columns=CELL)
+    told = [f"not measured: {name}" for name in cells.names(frame, MODELS).values()]
+    own = table[table["ours"] == "yes"]
+    for label, rows in own.groupby("contender", sort=False):
+        if len(rows) < len(cells_of):
+            told.append(
+                f"{label}: in {len(rows)} of {len(cells_of)} cells; the others were measured before"
+                " it was added"
+            )
+    return told
+
+
 def page(table: pd.DataFrame) -> str:
     """What the page of results shows: the summary, the picture and the table of cells."""
     processors = "; ".join(table["processor"].unique())
@@ -210,5 +232,6 @@ def page(table: pd.DataFrame) -> str:
             f" {FLOATS:g} all count as fp32). Speed-ups are medians of paired rounds, with"
             " 95 % intervals where there were six rounds or more.",
             markdown(table),
+            "\n".join(f"- {line}" for line in not_measured(table)),
         ]
     )
