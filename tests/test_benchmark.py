@@ -189,7 +189,7 @@ def test_rounds_end_by_the_rule_and_are_said(tmp_path):
     ends = benchmark.run(three, {"x": ARRAYS}, rounds=most, width=1e-12, **options)["x"]
     assert {len(one.seconds) for one in ends.measured.values()} == {7}
     assert ends.against("b").speedups()["c"].median > 0
-    assert "; 95 % interval; x: 7 rounds;" in ends.caption
+    assert "; 95 % interval; x: 7 rounds, 2 groups;" in ends.caption
 
 
 def test_each_round_another_one_goes_first():

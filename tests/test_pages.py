@@ -159,7 +159,8 @@ def rare_words() -> dict[str, str]:
         prose = re.sub(r"!\[.*?\]\(.*?\)|\$.*?\$|`.*?`|<.*?>", " ", prose, flags=re.S)
         words = Counter(re.findall(r"(?<![\w./-])[a-z]{7,}(?![\w./-])", prose))
         others = [text for one, text in texts.items() if one != path]
-        found[path.stem] = min(words, key=lambda word: sum(word in text for text in others))
+        # The search takes words of one stem for the same.
+        found[path.stem] = min(words, key=lambda word: sum(word[:6] in text for text in others))
     return found
 
 

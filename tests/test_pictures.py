@@ -48,6 +48,6 @@ def test_they_still_show_what_the_notebook_names(tmp_path):
     for name, (notebook, _) in shown().items():
         assert text(tmp_path / name) == text(ASSETS / name), "make the pictures again"
         marked = drawn[name].to_json()["marked"]
-        names = [marked["around"], *marked["path"], marked["break"]]
+        names = [*marked["path"], marked["break"]]  # what `explain` has told
         said = printed(notebook)
         assert all(one in said for one in names if one), names
