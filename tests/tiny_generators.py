@@ -1,7 +1,8 @@
 """Generators of transformers, small enough to be exported in seconds: two layers, random weights.
 
 The weights are large and the output layer is not tied, so that tokens vary: a random model with a
-tied one repeats its last token, and then equal tokens say little.
+tied one repeats its last token, and then equal tokens say little. (T5 ties it whatever its
+configuration says.)
 """
 
 import torch
@@ -53,14 +54,19 @@ KINDS = {
 }
 
 
+SCALE = {"t5": 2, "whisper": 1}  # of their weights, others' is 5: these would repeat themselves
+
+
 def load(name: str) -> transformers.PreTrainedModel:
     model, config, sizes = KINDS[name]
     torch.manual_seed(0)
     made = getattr(transformers, model)(getattr(transformers, config)(**_UNTIED, **sizes))
+    output = made.get_output_embeddings()
+    output.weight = torch.nn.Parameter(torch.randn(output.weight.shape))
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(5)
+                parameter.mul_(SCALE.get(name, 5))
     return made.eval()
 
 

@@ -336,7 +336,7 @@ class _Making:
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""
-        parts = [entry.described() for entry in self.trial.inputs if entry.role != "flag"]
+        parts = inputs.listed([entry for entry in self.trial.inputs if entry.role != "flag"])
         for flag in self.trial.flags:
             fed = sorted({int(feed.arrays[flag.name].ravel()[0]) for feed in self.made})
             parts.append(f"{flag} flag, {' and '.join(map(str, fed))}")

@@ -7,11 +7,14 @@ lengths    how much of each sample is there, (batch,)
 total      how many positions there are, past ones included: one number
 mask       which keys a query may see; its sense is found later, by what it does to scores
 cache      keys or values of earlier steps
+buffer     the same, in a buffer that a step writes into (`helpers.graph.in_place`)
+filled     how many positions of the buffers hold keys
 integers   none of these: zeros and ones
 floats     none of these: normal numbers
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +29,7 @@ from helpers.graph.masks import masking_inputs, rotates, score_paths
 from helpers.graph.operators import Holds
 from helpers.graph.values import COMPARING, LOGICAL, SHAPING, finite_number, looked_up
 
+MANY = 4  # inputs that differ in a number alone are told as one
 _KEEPING_IDS = SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
 _SCALING = {"Add", "Mul", "Sub"}
 _ELEMENTWISE = graph.ELEMENTWISE | LOGICAL
@@ -90,12 +94,28 @@ class Input:
                 "total": "number of positions",
                 "amount": "a number, up to that of the positions",
                 "cache": "cache, normal",
+                "buffer": "cache in place, normal",
+                "filled": "how many positions of the caches are filled",
                 "cross": "keys or values of another sequence, normal",
                 "integers": "bytes" if self.dtype == np.uint8 else "integers 0 and 1",
                 "floats": "normal",
                 "positions": "positions",
             }[self.role]
         return f"{self} {what}"
+
+
+def listed(entries: Sequence[Input]) -> list[str]:
+    """Each as `Input.described` has it; those of several layers, which differ in the number in
+    their names alone, as one."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        told, name = entry.described(), re.sub(r"\d+", "*", entry.name)
+        found.setdefault(told.replace(entry.name, name, 1), []).append(told)
+    return [
+        one
+        for alike, own in found.items()
+        for one in (own if len(own) < MANY else [f"{alike} ({len(own)} inputs)"])
+    ]
 
 
 def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input]:
@@ -142,6 +162,10 @@ def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input
     lengths = {entry.dims[-2] for entry in caches if entry.name in growing}
     for entry in caches:
         entry.role = "cache" if entry.dims[-2] in lengths else "cross"
+    if buffers := graph.buffers(model):
+        for entry in entries:
+            entry.role = "buffer" if entry.name in buffers.given else entry.role
+            entry.role = "filled" if entry.name == buffers.length else entry.role
     return entries
 
 

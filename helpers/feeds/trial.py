@@ -142,7 +142,7 @@ class Trial:
         """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
         from helpers.graph import repairs
 
-        listed = "; ".join(map(str, self.inputs))
+        listed = "; ".join(inputs.listed(self.inputs))
         furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))
         needed = repairs.needed(self.model)
         if needed:
@@ -218,12 +218,14 @@ def _values(
     entry: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
 ) -> np.ndarray:
     """Seeded values for an input that is no mask, no flag and no ids."""
-    if entry.role in ("floats", "cache", "cross"):
+    if entry.role in ("floats", "cache", "cross", "buffer"):
         return random.normal(size=shape)
     if entry.role == "integers":
         return random.integers(0, 256 if entry.dtype == np.uint8 else 2, size=shape)
     if entry.role == "positions":
         return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
+    if entry.role == "filled":
+        return np.full(shape, past)
     length = token + (past if entry.role in ("last", "total") else 0)
     if entry.role == "total":
         return np.full(shape, length)

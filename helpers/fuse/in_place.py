@@ -16,6 +16,8 @@ it reads there. A bias is filled up to C; what stands there is never read.
 Follows ONNX's Attention and TensorScatter, opset 24.
 """
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from helpers import graph
@@ -38,8 +40,9 @@ def use(model: ir.Model, capacity: int | None) -> int:
         return 0
     length = ir.Value(name=PAST_LENGTH, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     model.graph.inputs.append(length)
+    known: dict[tuple, ir.Value] = {}
     for node in attentions:
-        _write_in_place(model, node, length, capacity)
+        _write_in_place(node, length, capacity, known)
     model.opset_imports[""] = max(model.opset_imports.get("", OPSET), OPSET)
     model.ir_version = max(model.ir_version, IR_VERSION)
     return len(attentions)
@@ -50,19 +53,30 @@ def caches_of(model: ir.Model) -> list[str]:
     return [cache.given.name for cache in caches(model, graph.sites(model))]
 
 
-def _write_in_place(model: ir.Model, node: ir.Node, length: ir.Value, capacity: int | None) -> None:
+def _write_in_place(
+    node: ir.Node, length: ir.Value, capacity: int | None, known: dict[tuple, ir.Value]
+) -> None:
+    """Do it to one Attention. All layers have one length, batch and capacity, so what depends on
+    these alone is made once for each graph, and `known` from then on."""
     query, *new, mask, past_key, past_value = node.inputs[:6]
     tape = Tape()
+
+    def once(name: str, make: Callable[[], ir.Value], *of: object) -> ir.Value:
+        key = (name, node.graph, past_key.shape[0], *of)
+        return known[key] if key in known else known.setdefault(key, make())
+
     for past in (past_key, past_value):
         shape = tape.shape(tape.sizes(past, 0, 2), length, tape.sizes(past, 3))
         redirect_shape(tape, past, shape)
-    start = tape.op("Expand", [length, tape.sizes(past_key, 0, 1)])
-    keys = tape.op("Add", [length, tape.sizes(new[0], 2, 3)])
-    count = tape.op("Expand", [keys, tape.sizes(past_key, 0, 1)])
+    batch = once("batch", lambda: tape.sizes(past_key, 0, 1))
+    start = once("start", lambda: tape.op("Expand", [length, batch]))
+    keys = once("keys", lambda: tape.op("Add", [length, tape.sizes(new[0], 2, 3)]))
+    count = once("count", lambda: tape.op("Expand", [keys, batch]))
     if mask is not None:
-        free = tape.op("Sub", [tape.sizes(past_key, 2, 3), keys])
-        pads = tape.shape(tape.ints(0), free)
-        mask = tape.op("Pad", [mask, pads, None, tape.ints(-1)])
+        free = once("free", lambda: tape.op("Sub", [tape.sizes(past_key, 2, 3), keys]))
+        pads = once("pads", lambda: tape.shape(tape.ints(0), free))
+        filled = [mask, pads, None, tape.ints(-1)]
+        mask = once("mask", lambda: tape.op("Pad", filled), mask)
     buffers = [
         tape.op("TensorScatter", [past, update, start], {"axis": -2})
         for past, update in zip((past_key, past_value), new, strict=True)

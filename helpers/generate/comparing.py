@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers import files, graph
+from helpers import files
 from helpers.generate.decoder import Arrays, Decoder
 from helpers.generate.prompts import Feeding, Prompt
 from helpers.parity import precision
@@ -104,13 +104,7 @@ def compare(models: Sequence[files.Opened], steps: int, inputs: Path | None = No
     caches, no ids or no logits, or another vocabulary.
     """
     decoders = [Decoder(model) for model in models]
-    growing = [model for model in models if graph.buffers(model.model) is None]
-    if not growing:
-        raise files.BadInput(
-            f"{models[0]}: expected a model beside it whose caches grow, to tell what it is fed,"
-            " found none; compare with the file that it was made from"
-        )
-    feeding = Feeding(growing[0])
+    feeding = Feeding(models[0])
     prompt = feeding.prompt(inputs)
     runs = [_Run(decoder, feeding, prompt, steps) for decoder in decoders]
     reference, *others = runs

@@ -37,9 +37,11 @@ class Decoder:
     """The file of a decoder that takes caches, and gives them. Raises `files.BadInput` where it has
     none, or one does not come out again."""
 
-    def __init__(self, model: str | Path | files.Opened) -> None:
+    def __init__(self, model: str | Path | files.Opened, *, threads: int = 0) -> None:
         self.opened = files.Opened.of(model)
-        self.session = self.opened.session()
+        path = self.opened.path
+        own = threads > 0  # a session for these
+        self.session = files.session(path, threads=threads) if own else self.opened.session()
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.buffers = graph.buffers(self.opened.model)
@@ -77,35 +79,35 @@ class Decoder:
 
         Raises `files.BadInput`, before anything is run, where they do not fit.
         """
+        binding, names = self.session.io_binding(), []
         if self.buffers:
-            return self._in_place(arrays, cache, new)
-        values = self.session.run(self.outputs, arrays | cache.arrays)
-        outputs = dict(zip(self.outputs, values, strict=True))
+            self._check(cache, new)
+            arrays = arrays | {self.buffers.length: np.array([cache.length], np.int64)}
+        for name, array in (arrays | cache.arrays).items():  # which the session reads, uncopied
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, output in self.given.items() if self.buffers else ():
+            binding.bind_ortvalue_output(
+                output, ort.OrtValue.ortvalue_from_numpy(cache.arrays[name])
+            )
+            names.append(output)
+        for output in self.outputs:
+            if output not in names:
+                binding.bind_output(output)
+                names.append(output)
+        self.session.run_with_iobinding(binding)
+        values = map(np.from_dlpack, binding.get_outputs())  # their memory, not a copy of it
+        outputs = dict(zip(names, values, strict=True))
         grown = {name: outputs.pop(output) for name, output in self.given.items()}
-        return outputs, Cache(grown, cache.length + new)
+        return outputs, Cache(cache.arrays if self.buffers else grown, cache.length + new)
 
-    def _in_place(self, arrays: Arrays, cache: Cache, new: int) -> tuple[Arrays, Cache]:
+    def _check(self, cache: Cache, new: int) -> None:
+        """Raise `files.BadInput` where a step would write behind the end of a buffer."""
         room = min(array.shape[graph.Buffers.AXIS] for array in cache.arrays.values())
         if cache.length + new > room:
             raise files.BadInput(
                 f"{self.opened}: expected at most {room} positions, the capacity of its caches,"
                 f" found {cache.length + new}; give fewer tokens, or fuse with a larger --capacity"
             )
-        binding = self.session.io_binding()
-        length = np.array([cache.length], np.int64)
-        for name, array in (arrays | {self.buffers.length: length}).items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, output in self.given.items():
-            value = ort.OrtValue.ortvalue_from_numpy(cache.arrays[name])  # which shares its memory
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(output, value)
-        others = [name for name in self.outputs if name not in self.given.values()]
-        for name in others:
-            binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
-        values = binding.get_outputs()[len(self.given) :]
-        outputs = {name: value.numpy() for name, value in zip(others, values, strict=True)}
-        return outputs, Cache(cache.arrays, cache.length + new)
 
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}

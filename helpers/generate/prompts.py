@@ -18,6 +18,7 @@ from helpers.generate.decoder import Arrays
 
 ROWS, LENGTH = 3, 12  # of a prompt of ours
 PADDED = (0, 3, 7)  # on the left, by row
+PASSED_ON = ("cache", "buffer", "filled")  # kinds of inputs that go from step to step
 OF_KEYS = ("mask", "token", "queries")  # kinds of sizes that may be those of a mask of all keys
 
 
@@ -62,7 +63,7 @@ class Feeding:
         self.others = [
             entry
             for entry in entries
-            if entry not in (*changing, *self.flags) and entry.role != "cache"
+            if entry not in (*changing, *self.flags) and entry.role not in PASSED_ON
         ]
         self.one_a_step = isinstance(self.words.dims[-1], int)
 

@@ -42,7 +42,7 @@ class Runner:
     def run(self, arrays: Outputs) -> Outputs:
         if self.function is not None:
             return self.function(arrays)
-        if self.buffers:
+        if self.buffers and self.buffers.length not in arrays:
             return self._run_in_place(arrays, self.buffers)
         return dict(zip(self.outputs, self.session.run(None, arrays), strict=True))
 
