@@ -14,7 +14,6 @@ floats     none of these: normal numbers
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,6 @@ from helpers.graph.masks import masking_inputs, rotates, score_paths
 from helpers.graph.operators import Holds
 from helpers.graph.values import COMPARING, LOGICAL, SHAPING, finite_number, looked_up
 
-MANY = 4  # inputs that differ in a number alone are told as one
 _KEEPING_IDS = SHAPING | {"Abs", "Clip", "Floor", "Max", "Min", "Mod", "Round", "Where"}
 _SCALING = {"Add", "Mul", "Sub"}
 _ELEMENTWISE = graph.ELEMENTWISE | LOGICAL
@@ -102,20 +100,6 @@ class Input:
                 "positions": "positions",
             }[self.role]
         return f"{self} {what}"
-
-
-def listed(entries: Sequence[Input]) -> list[str]:
-    """Each as `Input.described` has it; those of several layers, which differ in the number in
-    their names alone, as one."""
-    found: dict[str, list[str]] = {}
-    for entry in entries:
-        told, name = entry.described(), re.sub(r"\d+", "*", entry.name)
-        found.setdefault(told.replace(entry.name, name, 1), []).append(told)
-    return [
-        one
-        for alike, own in found.items()
-        for one in (own if len(own) < MANY else [f"{alike} ({len(own)} inputs)"])
-    ]
 
 
 def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input]:

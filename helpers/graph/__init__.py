@@ -9,7 +9,7 @@ from helpers.graph.attention_sites import (
     through,
 )
 from helpers.graph.cutting import block, cut_out
-from helpers.graph.in_place import Buffers, buffers
+from helpers.graph.in_place import Buffers, buffers, cache_inputs
 from helpers.graph.notes import notes
 from helpers.graph.reading import (
     BEFORE_QUANTISING,
@@ -45,6 +45,7 @@ __all__ = [
     "Site",
     "block",
     "buffers",
+    "cache_inputs",
     "counts",
     "cut_out",
     "equation",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from helpers.graph import walks
+from helpers.graph.attention_sites import sites
+from helpers.graph.caches import caches
 from helpers.graph.reading import STANDARD, nodes
 from helpers.graph.values import size
 
@@ -44,6 +46,14 @@ def buffers(model: ir.Model) -> Buffers | None:
         return None
     known = capacities - {None}
     return Buffers(given, lengths.pop(), min(known) if known else None)
+
+
+def cache_inputs(model: ir.Model) -> set[str]:
+    """The names of the inputs of `model` that hold keys or values of earlier steps, in caches that
+    grow or in buffers."""
+    found = buffers(model)
+    growing = {cache.given.name for cache in caches(model, sites(model))}
+    return growing | (found.given.keys() if found else set())
 
 
 def _data(value: ir.Value) -> list[ir.Value]:
