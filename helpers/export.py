@@ -148,7 +148,8 @@ def for_generation(
     *,
     opset: int | None = None,
 ) -> Generation:
-    """Export `model`, of transformers, with caches, into `folder`, by transformers' exporter.
+    """Export `model`, of transformers, with caches, by transformers' exporter into `folder`, which
+    is made where it is missing.
 
     `inputs` are what `model.generate` takes, two samples or more. Where they have a mask, a token
     of it is masked: the exporter leaves out a mask that is all ones, and then padded batches are
@@ -179,6 +180,7 @@ def for_generation(
         if several:
             programs["encoder"] = exporter.export(model.get_encoder(), inputs, config).program
     wanted = ("encoder", "prefill", "decode") if several else ("decode",)
+    folder.mkdir(exist_ok=True)
     paths = {name: folder / f"{name}.onnx" for name in wanted}
     for name, path in paths.items():
         files.save(programs[name], path)

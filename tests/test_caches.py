@@ -210,6 +210,23 @@ def test_faults_of_buffers_are_found(tmp_path, fault, capsys):
     assert "NOT HELD" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("capacity", [None, 20])
+@pytest.mark.parametrize("fault", [late, one_short])
+def test_a_file_in_place_stands_by_itself(tmp_path, fault, capacity, capsys):
+    """It is fed without the file that it was made from: inspected, compared, fused once more."""
+    out, again = tmp_path / "out.onnx", tmp_path / "again.onnx"
+    fuse.fuse(decoder(tmp_path, PADDED), out, cache="in-place", capacity=capacity)
+    assert main(["inspect", str(out)]) == 0
+    assert main(["fuse", str(out), str(again)]) == 0
+    assert "1 attention site, 1 fused" in capsys.readouterr().out
+    assert main(["compare", str(out), str(again)]) == 0
+    assert "past_length int64 (1) how many positions of the caches are" in capsys.readouterr().out
+    model = graph.load(out)
+    fault(model)
+    files.save(model, tmp_path / "wrong.onnx")
+    assert main(["compare", str(out), str(tmp_path / "wrong.onnx")]) == 1
+
+
 def test_what_is_longer_than_the_capacity_is_passed_over(tmp_path):
     done = fuse.fuse(
         decoder(tmp_path, PADDED), tmp_path / "out.onnx", cache="in-place", capacity=20
@@ -334,6 +351,13 @@ def test_the_same_tokens_are_generated(tmp_path, capsys):
     files.save(model, tmp_path / "wrong.onnx")
     assert main(["compare", str(path), str(tmp_path / "wrong.onnx"), "--generate", "20"]) == 1
     assert "OTHER TOKENS from step" in capsys.readouterr().out
+
+
+def test_two_files_in_place_generate(tmp_path, capsys):
+    path, out = words_of(tmp_path, HEADS["a product"][0]), tmp_path / "out.onnx"
+    fuse.fuse(path, out, cache="in-place")
+    assert main(["compare", str(out), str(path), str(out), "--generate", "20"]) == 0
+    assert capsys.readouterr().out.count("the same tokens in 20 steps") == 2
 
 
 def test_generating_beyond_the_capacity_is_refused(tmp_path, capsys):

@@ -1,11 +1,12 @@
 """ONNX decoders inside transformers' `generate`: the same tokens, greedily and by beams."""
 
+import numpy as np
 import pytest
 import tiny_generators
 import torch
 
-from helpers import export, fuse, graph
-from helpers.generate import inside
+from helpers import export, fuse, graph, models
+from helpers.generate import inside, timing
 
 STEPS = 64
 WAYS = {
@@ -84,6 +85,34 @@ def test_what_else_generate_does(tmp_path):
         torch.manual_seed(0)
         told.append(one.generate(**given, max_new_tokens=12, do_sample=True, top_k=20))
     assert torch.equal(*told)
+
+
+def test_what_is_timed_is_the_same(tmp_path, monkeypatch):
+    """On ONNX Runtime and PyTorch, by each cache: logits behind a prompt, and of it, each time."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    sizes = {"num_hidden_layers": 2, "n_embd": 48, "n_head": 4, "bos_token_id": 0}
+    sizes |= {"vocab_size": tiny_generators.WORDS, "eos_token_id": 0}
+    model = models.load("gpt2", **sizes).model
+    made = export.for_generation(model, tiny_generators.prompt("gpt2", 2), tmp_path)
+    in_place = tmp_path / "in_place.onnx"
+    fuse.fuse(made.decode, in_place, cache="in-place", last_logits=True)
+    runs = [timing.onnx(str(made.decode)), timing.onnx(str(in_place))]
+    runs += [timing.pytorch("gpt2", static=static, **sizes) for static in (False, True)]
+    for following in (5, 0):
+        arrays = timing.given(2, 7, following, tiny_generators.WORDS)
+        arrays["attention_mask"][0, :3] = 0
+        ids = np.concatenate([arrays["input_ids"], arrays["next_ids"]], axis=1)
+        mask = np.pad(arrays["attention_mask"], ((0, 0), (0, following)), constant_values=1)
+        positions = torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0))
+        with torch.no_grad():
+            wanted = model(
+                torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=positions,
+            ).logits[:, -1]
+        for run in runs:
+            for _ in range(3):
+                np.testing.assert_allclose(run(arrays)["logits"], wanted.numpy(), atol=1e-5)
 
 
 def test_one_sample_alone_is_refused(tmp_path):
