@@ -18,6 +18,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> float:
     try:
         number = float(text)
@@ -68,6 +74,11 @@ def _compare(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         raise files.BadInput(
             f"{reference}: expected two models or more, found one; name what to compare it with"
         )
+    if arguments.generate:
+        from helpers import generate
+
+        told = generate.compare([reference, *candidates], arguments.generate, arguments.inputs)
+        return DONE if told.held else FAILED, told.to_json(), str(told)
     cases, description = feeds.read(arguments.inputs, reference)
     tolerance = arguments.tolerance
     report = parity.compare(reference, candidates, cases, description, tolerance=tolerance)
@@ -132,7 +143,13 @@ def _fuse(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     from helpers import fuse
 
     model = files.checked(arguments.model)
-    done = fuse.fuse(model, arguments.out, target=arguments.target, inputs=arguments.inputs)
+    if arguments.capacity is not None and arguments.cache != "in-place":
+        raise files.BadInput("--capacity: expected --cache in-place beside it, found it alone")
+    if arguments.cache == "in-place" and arguments.target == "openvino":
+        raise files.BadInput("--cache in-place: expected --target portable or cpu, found openvino")
+    names = ("target", "inputs", "cache", "capacity", "drop_unchanged", "last_logits")
+    options = {name: getattr(arguments, name) for name in names}
+    done = fuse.fuse(model, arguments.out, **options)
     return DONE if done.held else FAILED, done.to_json(), f"{arguments.out}\n{done}"
 
 
@@ -209,6 +226,12 @@ def _compare_options(command: argparse.ArgumentParser) -> None:
         help="the largest difference to allow, in place of the inferred tolerance",
     )
     command.add_argument(
+        "--generate",
+        type=_count,
+        metavar="N",
+        help="of decoders with caches: whether they give the same N tokens, by the largest logit",
+    )
+    command.add_argument(
         "--save-inputs",
         type=Path,
         metavar="FEED.npz",
@@ -255,6 +278,30 @@ def _fuse_options(command: argparse.ArgumentParser) -> None:
         help="the standard's operators alone, com.microsoft's too, or what OpenVINO runs fastest",
     )
     command.add_argument("--inputs", type=Path, metavar="FEEDS.npz", help="to compare on")
+    command.add_argument(
+        "--cache",
+        choices=("growing", "in-place"),
+        default="growing",
+        help="of a decoder: caches that come out longer than they went in, or buffers that each"
+        " step writes into, with an input past_length that says how far they are filled",
+    )
+    command.add_argument(
+        "--capacity",
+        type=_count,
+        metavar="N",
+        help="of caches in place, how many positions they have (default: as many as they are given"
+        " with)",
+    )
+    command.add_argument(
+        "--drop-unchanged",
+        action="store_true",
+        help="take off the outputs what is an input as it came in, such as cross-attention caches",
+    )
+    command.add_argument(
+        "--last-logits",
+        action="store_true",
+        help="give logits of the last position alone; prompts are then to be padded on the left",
+    )
 
 
 def _quantize_options(command: argparse.ArgumentParser) -> None:

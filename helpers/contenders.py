@@ -61,6 +61,8 @@ LOOKS = {
     "lifted-shared": Look("#D55E00", ">"),
     "part": Look("#999999", "."),  # computes something else, to see what the rest costs
     "ours-int8": Look("#D55E00", "P", filled=False),
+    "in-place": Look("#D55E00", "h"),
+    "ours-int4": Look("#D55E00", "x", filled=False),
     "ours-int8-tensor": Look("#D55E00", "d", filled=False),
     "ours-openvino": Look("#D55E00", "D", filled=False),
     "ours-plugin": Look("#D55E00", "<", filled=False),
@@ -111,6 +113,12 @@ def onnx(label: str, path: str | Path, kind: str = "ours") -> Contender:
     """The model file at `path`, on ONNX Runtime's CPU provider."""
     path = Path(path).absolute()
     return Contender(label, kind, "helpers.workers.runtimes:onnxruntime", {"path": str(path)}, path)
+
+
+def decoder(label: str, path: str | Path, kind: str = "ours") -> Contender:
+    """The decoder at `path`, with its caches: it is timed on what `helpers.generate.timing` has."""
+    path = Path(path).absolute()
+    return Contender(label, kind, "helpers.generate.timing:onnx", {"path": str(path)}, path)
 
 
 def openvino(

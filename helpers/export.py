@@ -126,3 +126,62 @@ def _transformers(
 
     config = OnnxConfig(dynamic=dynamic, opset_version=opset)
     files.save(OnnxExporter().export(model, inputs, config=config).program, path)
+
+
+# ── Generation ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The files of a model that generates, as `generate.inside.model_of` takes them. A decoder
+    alone has only `decode`."""
+
+    decode: Path
+    prefill: Path | None = None
+    encoder: Path | None = None
+
+
+def for_generation(
+    model: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    folder: str | Path,
+    *,
+    opset: int | None = None,
+) -> Generation:
+    """Export `model`, of transformers, with caches, by transformers' exporter into `folder`, which
+    is made where it is missing.
+
+    `inputs` are what `model.generate` takes, two samples or more. Where they have a mask, a token
+    of it is masked: the exporter leaves out a mask that is all ones, and then padded batches are
+    wrong. Of a decoder one file is written, `decode.onnx`, for any number of tokens: an empty past
+    is a prefill. Of an encoder-decoder they are three, `encoder.onnx`, `prefill.onnx` and
+    `decode.onnx`, and a step takes one token. `opset` is 20 by default; at 23, transformers'
+    exporter fails on decoders with cross-attention.
+
+    Raises ValueError where there is one sample alone, and whatever the exporter raises.
+    """
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    rows = min(len(tensor) for tensor in inputs.values())
+    if rows < 2:
+        raise ValueError(f"expected inputs of two samples or more, found {rows}")
+    inputs, folder = dict(inputs), Path(folder)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        inputs["attention_mask"][0, 0] = 0
+    config = OnnxConfig(dynamic=True, **({"opset_version": opset} if opset else {}))
+    several = model.config.is_encoder_decoder
+    logger.info("exporting for generation …")
+    with quiet():
+        taken = {**inputs, "max_new_tokens": 4, "do_sample": False}
+        exporter = OnnxExporter()
+        parts = exporter.export_for_generation(model.eval(), taken, config, multi_token_decode=True)
+        programs = {name: part.program for name, part in parts.components.items()}
+        if several:
+            programs["encoder"] = exporter.export(model.get_encoder(), inputs, config).program
+    wanted = ("encoder", "prefill", "decode") if several else ("decode",)
+    folder.mkdir(exist_ok=True)
+    paths = {name: folder / f"{name}.onnx" for name in wanted}
+    for name, path in paths.items():
+        files.save(programs[name], path)
+    return Generation(**paths)

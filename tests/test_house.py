@@ -15,8 +15,8 @@ HOUSE = ROOT / "helpers"
 # From the top of the house down: a name imports those below it, never one above.
 ORDER = (
     *("__main__", "bounds", "figures", "benchmark", "contenders", "quantize", "explain", "fuse"),
-    *("profiling", "parity", "view", "feeds", "export", "models", "workers", "files", "graph"),
-    *("packages", "errors", "plots", "quiet"),
+    *("profiling", "generate", "parity", "view", "feeds", "export", "models", "workers", "files"),
+    *("graph", "packages", "errors", "plots", "quiet"),
 )
 
 

@@ -1,9 +1,12 @@
 """One set of inputs for a model, and what is known of its rows."""
 
 import dataclasses
-from collections.abc import Container
+import re
+from collections.abc import Container, Iterable
 
 import numpy as np
+
+MANY = 4  # inputs that differ in a number alone are told as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,26 @@ class Feed:
     fixed: frozenset[str] = frozenset()
     settled: dict[str, np.ndarray] | None = None
 
+    def shapes(self) -> list[str]:
+        """Each input with its shape."""
+        return listed((name, f"{name} {array.shape}") for name, array in self.arrays.items())
+
     def changed(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """`changed` of its arrays, but for masks and what else is `fixed`."""
         return changed(self.arrays, rows, self.fixed | self.keys.keys())
+
+
+def listed(named: Iterable[tuple[str, str]]) -> list[str]:
+    """What is told of inputs, by name; of those of several layers, which differ in the number in
+    their names alone, once."""
+    found: dict[str, list[str]] = {}
+    for name, told in named:
+        found.setdefault(told.replace(name, re.sub(r"\d+", "*", name), 1), []).append(told)
+    return [
+        one
+        for alike, own in found.items()
+        for one in (own if len(own) < MANY else [f"{alike} ({len(own)} inputs)"])
+    ]
 
 
 def changed(

@@ -17,7 +17,7 @@ import numpy as np
 
 from helpers import files, graph
 from helpers.feeds import inputs, masks, reach
-from helpers.feeds.feed import Feed
+from helpers.feeds.feed import Feed, listed
 from helpers.feeds.sizes import BATCH, At
 from helpers.feeds.trial import Flags, Trial
 
@@ -336,7 +336,9 @@ class _Making:
 
     def description(self) -> str:
         """What was inferred, in words that a user can check."""
-        parts = [entry.described() for entry in self.trial.inputs if entry.role != "flag"]
+        parts = listed(
+            (entry.name, entry.described()) for entry in self.trial.inputs if entry.role != "flag"
+        )
         for flag in self.trial.flags:
             fed = sorted({int(feed.arrays[flag.name].ravel()[0]) for feed in self.made})
             parts.append(f"{flag} flag, {' and '.join(map(str, fed))}")

@@ -7,6 +7,8 @@ lengths    how much of each sample is there, (batch,)
 total      how many positions there are, past ones included: one number
 mask       which keys a query may see; its sense is found later, by what it does to scores
 cache      keys or values of earlier steps
+buffer     the same, in a buffer that a step writes into (`helpers.graph.in_place`)
+filled     how many positions of the buffers hold keys
 integers   none of these: zeros and ones
 floats     none of these: normal numbers
 """
@@ -90,6 +92,8 @@ class Input:
                 "total": "number of positions",
                 "amount": "a number, up to that of the positions",
                 "cache": "cache, normal",
+                "buffer": "cache in place, normal",
+                "filled": "how many positions of the caches are filled",
                 "cross": "keys or values of another sequence, normal",
                 "integers": "bytes" if self.dtype == np.uint8 else "integers 0 and 1",
                 "floats": "normal",
@@ -142,6 +146,10 @@ def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input
     lengths = {entry.dims[-2] for entry in caches if entry.name in growing}
     for entry in caches:
         entry.role = "cache" if entry.dims[-2] in lengths else "cross"
+    if buffers := graph.buffers(model):
+        for entry in entries:
+            entry.role = "buffer" if entry.name in buffers.given else entry.role
+            entry.role = "filled" if entry.name == buffers.length else entry.role
     return entries
 
 

@@ -11,6 +11,7 @@ from helpers.feeds.inputs import Input
 # Sizes for a dimension of floats (frames, samples, pixels), from small: the first that runs.
 LADDER = (8, 10, 12, 16, 32, 64, 96, 128, 224, 256, 384, 400, 512, 800, 1600, 3000, 4096, 16_000)
 BATCH = "batch"
+FREE = 3  # positions of a buffer that are not needed
 HEADS = (1, 2, 4, 8, 12, 16, 3, 6)  # that a mask of (batch · heads, queries, keys) may have
 _OPERATIONS = {
     ast.Add: operator.add,
@@ -84,6 +85,8 @@ def _kinds(inputs: list[Input]) -> dict[str, str]:
     for entry in inputs:
         claim("past", entry.dims[-2:] if entry.role == "cache" else [])
     for entry in inputs:
+        claim("capacity", entry.dims[-2:] if entry.role == "buffer" else [])
+    for entry in inputs:
         claim("signal", entry.dims if entry.role == "floats" else [])
     for entry in inputs:
         claim(
@@ -107,7 +110,7 @@ class Sizes:
         floats = [entry for entry in inputs if entry.role == "floats"]
         self.waveform = any(len(entry.dims) == 2 for entry in floats)
         self.image = any(len(entry.dims) >= 4 for entry in floats)
-        self.past = "past" in self.kind.values()
+        self.past = "past" in self.kind.values() or any(one.role == "buffer" for one in inputs)
         widths = [
             entry
             for entry in inputs
@@ -155,6 +158,7 @@ class Sizes:
         sizes = {
             BATCH: at.batch,
             "past": at.past,
+            "capacity": queries + self.before(at) + FREE,
             "cross": max(at.past, 5) + 2,
             "signal": at.signal,
             "mask": masks[at.mask],

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from helpers import files, graph
 from helpers.feeds import inputs, masks, reach
+from helpers.feeds.feed import listed
 from helpers.feeds.inputs import Input
 from helpers.feeds.scores import Scores
 from helpers.feeds.sizes import At, Sizes, evaluated
@@ -142,7 +143,7 @@ class Trial:
         """What is raised where nothing runs: the try that came furthest, or what `fuse` repairs."""
         from helpers.graph import repairs
 
-        listed = "; ".join(map(str, self.inputs))
+        told = "; ".join(listed((entry.name, str(entry)) for entry in self.inputs))
         furthest = max(problems, key=lambda error: self.order.get(_node(error), -1))
         needed = repairs.needed(self.model)
         if needed:
@@ -154,11 +155,11 @@ class Trial:
         if written := self.written(furthest):
             return files.BadInput(
                 f"{self.path}: expected a model that runs on inputs inferred from its graph"
-                f" ({listed}), found {written}; export it again with dynamo=True, or give --inputs"
+                f" ({told}), found {written}; export it again with dynamo=True, or give --inputs"
                 " FEEDS.npz of the size that was exported"
             )
         return files.BadInput(
-            f"{self.path}: expected a model that runs on inputs inferred from its graph ({listed}),"
+            f"{self.path}: expected a model that runs on inputs inferred from its graph ({told}),"
             f" found: {files.told(furthest)}; give --inputs FEEDS.npz"
         )
 
@@ -218,12 +219,14 @@ def _values(
     entry: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
 ) -> np.ndarray:
     """Seeded values for an input that is no mask, no flag and no ids."""
-    if entry.role in ("floats", "cache", "cross"):
+    if entry.role in ("floats", "cache", "cross", "buffer"):
         return random.normal(size=shape)
     if entry.role == "integers":
         return random.integers(0, 256 if entry.dtype == np.uint8 else 2, size=shape)
     if entry.role == "positions":
         return np.broadcast_to(np.arange(shape[-1]) + past, shape) if shape else np.array(past)
+    if entry.role == "filled":
+        return np.full(shape, past)
     length = token + (past if entry.role in ("last", "total") else 0)
     if entry.role == "total":
         return np.full(shape, length)

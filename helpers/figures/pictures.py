@@ -15,12 +15,13 @@ import nbformat
 import torch
 from onnxruntime.transformers import optimizer
 
-from helpers import explain, export, files, graph, models, view
+from helpers import explain, export, files, fuse, graph, models, view
 from helpers.quiet import quiet
 
 ASSETS = Path(__file__).parents[2] / "assets"
 NOTEBOOKS = ASSETS.parent / "notebooks"
 SIZES = {"num_heads": 12, "hidden_size": 768}
+IN_PLACE = {"cache": "in-place"}
 
 
 def defined(notebook: str, tag: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +93,21 @@ def deberta(work: Path) -> dict[str, Picture]:
     }
 
 
+def gpt2(work: Path) -> dict[str, Picture]:
+    """The pictures of notebook 05, by file name; their graphs are put into `work`."""
+    small = {"num_hidden_layers": 2, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+    model = models.load("gpt2", **small).model
+    in_place = work / "in_place.onnx"
+    at_23 = export.for_generation(model, sentences(), work / "gpt2_23", opset=23).decode
+    fuse.fuse(export.for_generation(model, sentences(), work / "gpt2").decode, in_place, **IN_PLACE)
+    pictures = {}
+    for name, path in (("05_concat.svg", at_23), ("05_in_place.svg", in_place)):
+        site = graph.sites(graph.load(path))[0]
+        appended = [graph.name(value.producer()) for value in site.node.inputs[1:3]]
+        pictures[name] = (path, graph.name(site.node), {"along": appended, "up": 1, "down": 0})
+    return pictures
+
+
 def sentences() -> dict[str, torch.Tensor]:
     ids = torch.full((2, 8), 5)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -109,7 +125,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta):
+        for pictures in (start, wav2vec2, text, deberta, gpt2):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)

@@ -280,16 +280,16 @@ def _redirect_shapes(reading: Reading) -> None:
         if node.op_type in (*RESHAPES, "Concat", "Slice", "Transpose"):
             break
         if not reading.flipped:
-            _redirect(tape, node.outputs[0], reading.shape_of_scores())
+            redirect_shape(tape, node.outputs[0], reading.shape_of_scores())
     if not reading.flipped and not reading.reshapes:
         shape = tape.shape(tape.sizes(reading.query, 0, -1), tape.sizes(reading.value, -1))
-        _redirect(tape, site.context.outputs[0], shape)
+        redirect_shape(tape, site.context.outputs[0], shape)
 
 
-def _redirect(tape: Tape, value: ir.Value, shape: ir.Value) -> None:
-    """Have those that ask for the shape of `value` take `shape` instead."""
+def redirect_shape(tape: Tape, value: ir.Value, shape: ir.Value) -> None:
+    """Have those that ask for the shape of `value` take `shape` instead, but for the tape's own."""
     for user in [*value.consumers()]:
-        if user.op_type != "Shape":
+        if user.op_type != "Shape" or user in tape.nodes:
             continue
         start = user.attributes.get_int("start", None)
         end = user.attributes.get_int("end", None)

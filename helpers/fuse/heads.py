@@ -6,7 +6,8 @@
 
 becomes Attention on q, k, v themselves, with q_num_heads and kv_num_heads: ONNX Runtime's kernel
 splits the heads faster than transposes do (`helpers/figures/speed` measures models). Where one
-of the three comes from elsewhere (rotary embeddings, a cache), the operator keeps its four axes.
+of the three comes from elsewhere (rotary embeddings), the operator keeps its four axes. Past keys
+and values, and present ones, have four axes in either case.
 
 Follows ONNX's Attention, opset 23: inputs of three axes.
 """
@@ -23,7 +24,8 @@ def merge(model: ir.Model) -> int:
     """Rewrite each standard Attention whose heads are split right before it; returns how many."""
     done = 0
     for node in [*graph.nodes(model)]:
-        if node.op_type == "Attention" and node.domain in graph.STANDARD and len(node.outputs) == 1:
+        standard = node.op_type == "Attention" and node.domain in graph.STANDARD
+        if standard and len(node.outputs) < 4:  # the fourth is the weights
             done += _merge(node)
     return done
 
@@ -33,7 +35,7 @@ def _merge(node: ir.Node) -> bool:
     if (
         node.outputs[0].is_graph_output()
         or None in flat
-        or any(value is not None for value in node.inputs[4:])
+        or any(value is not None for value in node.inputs[6:])
     ):
         return False
     heads, shared = (_heads(value) for value in node.inputs[:2])

@@ -23,12 +23,16 @@ from onnxscript import optimizer, version_converter
 from helpers import feeds, files, graph, parity
 from helpers.fuse import (
     attention,
+    caches,
     gelu,
+    grouped_heads,
     guards,
     heads,
+    in_place,
     multi_head,
     normalization,
     openvino,
+    outputs,
     quantized,
     residual,
 )
@@ -40,6 +44,19 @@ logger = logging.getLogger(__name__)
 OPSET = 23  # the first with Attention
 FUSING = ("portable", "cpu")  # the targets in which every site is one operator
 TARGETS = (*FUSING, "openvino")
+CACHES = ("growing", "in-place")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What the result is to be: for which `target`, how its `cache` is kept, in buffers of how many
+    positions (None: as a user gives them), and which outputs are left out."""
+
+    target: str = "portable"
+    cache: str = "growing"
+    capacity: int | None = None
+    drop_unchanged: bool = False
+    last_logits: bool = False
 
 
 @dataclasses.dataclass
@@ -107,6 +124,10 @@ def fuse(
     *,
     target: str = "portable",
     inputs: str | Path | None = None,
+    cache: str = "growing",
+    capacity: int | None = None,
+    drop_unchanged: bool = False,
+    last_logits: bool = False,
 ) -> Fused:
     """Fuse `model`, a file or what has been read of it, for `target`, and write it to `out` if it
     computes the same.
@@ -114,15 +135,23 @@ def fuse(
     `portable` uses operators of the ONNX standard alone (opset 23), `cpu` may use those of
     com.microsoft, `openvino` makes what OpenVINO and its plugin for ONNX Runtime run fastest, in
     which attention is written out. Compared is on `inputs`, an .npz with an array for each input,
-    or on inputs that are inferred. Raises ValueError on another target, `files.BadInput` on a model
-    that is none, or whose inputs cannot be inferred.
+    or on inputs that are inferred.
+
+    Of decoders: with `cache` `in-place`, past keys and values are buffers that each step writes
+    into (`fuse.in_place`), of `capacity` positions, or as many as they are given with.
+    `drop_unchanged` takes off the outputs what is an input as it came in, `last_logits` gives
+    logits of the last position alone, so prompts are to be padded on the left.
+
+    Raises ValueError on another target or cache, `files.BadInput` on a model that is none, whose
+    inputs cannot be inferred, or that has no caches to keep in place.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target {target!r}: expected one of {', '.join(TARGETS)}")
+    wanted = Wanted(target, cache, capacity, drop_unchanged, last_logits)
+    _check(wanted)
     opened, named, out = files.Opened.of(model), str(out), Path(out).absolute()
     files.keep_apart(opened, out)
     report = _Report()
-    fused = _stepped(opened.path, target, report)
+    fused = _stepped(opened.path, wanted, report)
+    _check_in_place(opened, fused, wanted)
     answer = _unproven(fused, target, report, out)
     with files.writing(out, keep=opened.data) as draft:
         files.write(fused, draft)
@@ -143,8 +172,37 @@ def fuse(
         if not answer.held:
             draft.unlink()  # so that nothing is written
     if not answer.held and not refusal:
-        answer.at_fault = _bisect(opened.path, target, reference, cases, out)
+        answer.at_fault = _bisect(opened.path, wanted, reference, cases, out)
     return answer
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.target not in TARGETS:
+        raise ValueError(f"target {wanted.target!r}: expected one of {', '.join(TARGETS)}")
+    if wanted.cache not in CACHES:
+        raise ValueError(f"cache {wanted.cache!r}: expected one of {', '.join(CACHES)}")
+    in_place = wanted.cache == "in-place"
+    if wanted.capacity is not None and (wanted.capacity < 1 or not in_place):
+        raise ValueError(
+            f"capacity {wanted.capacity}: expected a number above 0, with cache 'in-place'"
+        )
+    if in_place and wanted.target not in FUSING:
+        raise ValueError(f"cache 'in-place': expected target {' or '.join(FUSING)}")
+
+
+def _check_in_place(opened: files.Opened, fused: ir.Model, wanted: Wanted) -> None:
+    """Raise `files.BadInput` where caches were to be kept in place, and are not, or not all."""
+    if wanted.cache != "in-place":
+        return
+    kept = graph.buffers(fused)
+    given = kept.given if kept else {}
+    left = [one for one in in_place.caches_of(opened.model) if one not in given]
+    if left or not given:
+        found = f"found that {left[0]} is none" if left else "found none"
+        raise files.BadInput(
+            f"{opened}: expected caches to keep in place, inputs (batch, heads, past, width) that"
+            f" new keys or values are appended to, {found}; leave out --cache in-place"
+        )
 
 
 def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused:
@@ -203,10 +261,10 @@ class _Report:
         return self.by_rows + self.by_definition
 
 
-def _stepped(path: Path, target: str, report: _Report, number: int | None = None) -> ir.Model:
+def _stepped(path: Path, wanted: Wanted, report: _Report, number: int | None = None) -> ir.Model:
     """The model at `path` after all of the steps, or the first `number`, ready to be saved."""
     model = graph.load(path)
-    for i, _ in enumerate(_steps(model, target, report), 1):
+    for i, _ in enumerate(_steps(model, wanted, report), 1):
         if i == number:
             break
     quantized.move_first(model)
@@ -224,7 +282,7 @@ def clean(model: ir.Model) -> None:
     passes.NameFixPass()(model)
 
 
-def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
+def _steps(model: ir.Model, wanted: Wanted, report: _Report) -> Iterator[str]:
     """Change `model`, step by step, and say which was done."""
     names = {site.node.outputs[0].name: (site.name, site.layer) for site in graph.sites(model)}
     with quiet():
@@ -258,14 +316,27 @@ def _steps(model: ir.Model, target: str, report: _Report) -> Iterator[str]:
     with quiet():
         passes.ShapeInferencePass()(model)
     guards.drop(model)
+    if wanted.target in FUSING:
+        grouped_heads.share(model)
+        caches.take_in(model)
+        yield "heads that groups share, caches that are the operator's own"
+    if wanted.cache == "in-place":
+        in_place.use(model, wanted.capacity)
+        yield "caches that are written in place"
+    if wanted.drop_unchanged:
+        outputs.drop_unchanged(model)
+        yield "outputs that are inputs"
+    if wanted.last_logits:
+        outputs.keep_last_logits(model)
+        yield "logits of the last position alone"
     heads.merge(model)
     yield "guards that are left out, heads that are split in the operator"
-    if target == "cpu":
+    if wanted.target == "cpu":
         multi_head.use(model)
         yield "MultiHeadAttention where there are many keys"
         residual.keep_apart(model)
         yield "residuals kept apart from normalisations"
-    if target == "openvino":
+    if wanted.target == "openvino":
         report.left += openvino.use(model)
         yield "what OpenVINO takes"
 
@@ -280,16 +351,16 @@ def convert(model: ir.Model) -> None:
 
 
 def _bisect(
-    path: Path, target: str, reference: parity.Model, cases: list[feeds.Feed], out: Path
+    path: Path, wanted: Wanted, reference: parity.Model, cases: list[feeds.Feed], out: Path
 ) -> str:
     """The name of the first step after which parity does not hold."""
-    names = [*_steps(graph.load(path), target, _Report())]
+    names = [*_steps(graph.load(path), wanted, _Report())]
     low, high = 0, len(names)  # after `low` steps it holds, after `high` it does not
     while high - low > 1:
         middle = (low + high) // 2
         logger.info(f"looking for the step at fault: {middle} of {len(names)} …")
         with files.scratch(out) as draft:
-            files.write(_stepped(path, target, _Report(), middle), draft)
+            files.write(_stepped(path, wanted, _Report(), middle), draft)
             held = parity.compare(reference, [draft], cases, "").held
         low, high = (middle, high) if held else (low, middle)
     return names[high - 1]

@@ -9,6 +9,7 @@ from helpers.graph.attention_sites import (
     through,
 )
 from helpers.graph.cutting import block, cut_out
+from helpers.graph.in_place import Buffers, buffers, cache_inputs
 from helpers.graph.notes import notes
 from helpers.graph.reading import (
     BEFORE_QUANTISING,
@@ -40,8 +41,11 @@ __all__ = [
     "LEFT_OUT_ABOVE",
     "MICROSOFT",
     "STANDARD",
+    "Buffers",
     "Site",
     "block",
+    "buffers",
+    "cache_inputs",
     "counts",
     "cut_out",
     "equation",

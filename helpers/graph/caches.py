@@ -41,13 +41,15 @@ class Cache:
 
     def in_place(self) -> bool:
         """Whether it is given back as long as it was: a buffer, or a window of the last keys."""
-        moved = walks.uses(self.present, _MOVING) if self.present is not None else ()
-        presents = [self.present, *(value for node, _ in moved for value in node.outputs)]
-        return any(
-            value.is_graph_output() and size(value, self.axis) == self.past
-            for value in presents
-            if value is not None
-        )
+        return any(size(value, self.axis) == self.past for value in self.given_out())
+
+    def given_out(self) -> list[ir.Value]:
+        """The outputs of the graph that are what it gives, or that moved."""
+        if self.present is None:
+            return []
+        moved = walks.uses(self.present, _MOVING)
+        values = [self.present, *(value for node, _ in moved for value in node.outputs)]
+        return [value for value in dict.fromkeys(values) if value.is_graph_output()]
 
 
 def caches(model: ir.Model, sites: Sequence[Site]) -> list[Cache]:
@@ -70,6 +72,16 @@ def presents(sites: Sequence[Site]) -> list[ir.Value]:
         sides = [_given_out(_sources(side)) for side in keys_and_values(site)]
         given_out += of_operator or ([*chain(*sides)] if all(sides) else [])
     return [*dict.fromkeys(given_out)]
+
+
+def handed_on(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """The outputs of `model` that are inputs as they came in, each with that input."""
+    for output in model.graph.outputs:
+        value = output
+        while (node := value.producer()) is not None and node.op_type == "Identity":
+            value = node.inputs[0]
+        if value.is_graph_input() and not value.is_initializer():
+            yield output, value
 
 
 def keys_and_values(site: Site) -> tuple[list[ir.Value], list[ir.Value]]:

@@ -51,6 +51,13 @@ ARCHITECTURES = {
             "intermediate_size": 3072,
         },
     ),
+    "gpt2": Architecture(
+        model="GPT2LMHeadModel",
+        processor="GPT2Tokenizer",
+        repository="openai-community/gpt2",
+        revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        config={},
+    ),
     "minilm": Architecture(
         model="BertModel",
         processor="BertTokenizer",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from helpers import files
+from helpers import files, graph
 from helpers.feeds import Feed
 from helpers.parity import rows
 from helpers.parity.runner import Model, Outputs, Runner
@@ -31,9 +31,11 @@ def cases_of(
     One of `models` tells where queries have no key. Raises as `compare` does.
     """
     cases, passed = [], []
+    buffers = [graph.buffers(one.model) for one in models if isinstance(one, files.Opened)]
     for feed in rows.with_masked(feeds, models):
         try:
             outputs = plain.run(feed.arrays)
+            _check_capacity(outputs, filter(None, buffers))
             empty = rows.empty(feed, outputs)
             kept = rows.kept(plain.run, feed, outputs, empty)
         except Exception as error:  # ONNX Runtime and PyTorch raise types of their own
@@ -74,6 +76,15 @@ def cases_of(
             " least one key in a row"
         )
     return cases, passed
+
+
+def _check_capacity(outputs: Outputs, buffers: Iterable[graph.Buffers]) -> None:
+    """Raise ValueError where what a step gives is longer than the `buffers` of a candidate."""
+    for one in buffers:
+        for name in one.given.values() if one.capacity else ():
+            length = outputs[name].shape[one.AXIS] if name in outputs else 0
+            if length > one.capacity:
+                raise ValueError(f"{length} positions, of a capacity of {one.capacity}")
 
 
 def _nan(array: np.ndarray) -> bool:

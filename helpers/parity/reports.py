@@ -23,6 +23,7 @@ class Candidate:
     `compared` counts the numbers that were compared, in all and by feed. Of rows `without_key`,
     which are not, `left_out` of them differ by at most `left_out_diff`. Of graphs in 8 bits that is
     told without their rounding where they are `unrounded`; with it, they differ by `as_run`.
+    `not_given` names what the reference gives and it does not.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Candidate:
     feed: Feed | None = None
     unrounded: bool = False
     as_run: float = 0.0
+    not_given: list[str] = dataclasses.field(default_factory=list)
+
+    def leave_out(self, what: str) -> None:
+        """Note once that it does not give `what`."""
+        if what not in self.not_given:
+            self.not_given.append(what)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +57,7 @@ class Candidate:
             "where": self.where,
             "reason": self.reason,
             "compared": sum(self.compared.values()),
+            "not_given": self.not_given,
             "rows_without_key": {
                 "left_out": self.left_out,
                 "max_abs_diff": _finite(self.left_out_diff),
@@ -62,6 +70,7 @@ class Candidate:
         text = f"compared {total:,} numbers in {len(self.compared)} feeds"
         nothing = [name for name, count in self.compared.items() if not count]
         text += f", none of them in: {', '.join(nothing)}" if nothing else ""
+        text += f"; not given: {'; '.join(self.not_given)}" if self.not_given else ""
         if self.unrounded:
             text += ", without the rounding to 8 bits"
             text += f" (with it, the largest difference is {self.as_run:.1e})" if self.held else ""

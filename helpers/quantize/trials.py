@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helpers import files, parity
+from helpers import files, graph, parity
+from helpers.feeds import Feed
 from helpers.quantize import costs, measuring, smoothing
 from helpers.quantize.layers import Layer
 from helpers.quantize.samples import Samples
@@ -212,15 +213,17 @@ class Trials:
     def time(self, tried: Sequence[Tried]) -> None:
         """Measure the speed of these, against the file that came in.
 
-        That is done on the largest input, and of 4 bits on the smallest: they are for decoders,
-        which read one position at a time.
+        That is done on the largest input; of 4 bits, which are for decoders, and of a graph with
+        caches on the smallest, caches apart: it reads one position at a time.
         """
         if not tried:
             return
         cases = [case for cases in self.sets for case in cases]
-        which = max if self.bits == 8 else min
-        arrays = which((case.feed.arrays for case in cases), key=_size)
-        self.timed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        caches = graph.cache_inputs(self.opened.model)
+        which = max if self.bits == 8 and not caches else min
+        feed = which((case.feed for case in cases), key=lambda feed: _size(feed, caches))
+        arrays = feed.arrays
+        self.timed = ", ".join(feed.shapes())
         logger.info(f"timing {len(tried)} of them …")
         paths = {"": self.opened.path, **{one.method: one.path for one in tried}}
         try:
@@ -235,5 +238,6 @@ class Trials:
             one.speedup = speedup(seconds[""], one.seconds)
 
 
-def _size(arrays: parity.Outputs) -> int:
-    return sum(array.size for array in arrays.values())
+def _size(feed: Feed, caches: Container[str]) -> int:
+    """How many numbers it has, but for those in `caches`."""
+    return sum(array.size for name, array in feed.arrays.items() if name not in caches)

@@ -29,6 +29,8 @@ class Speedup(NamedTuple):
     def verdict(self, noise: float = 0.0) -> str:
         """What it tells where two runs of one contender differ by `noise` (0.03 is 3 %): faster,
         slower, or no difference, which is also where the interval holds 1."""
+        if math.isnan(self.median):
+            return "not timed"
         if abs(self.median - 1) <= noise or self.low <= 1 <= self.high:
             return "no difference"
         return "faster" if self.median > 1 else "slower"
