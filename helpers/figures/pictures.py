@@ -108,6 +108,16 @@ def gpt2(work: Path) -> dict[str, Picture]:
     return pictures
 
 
+def whisper(work: Path) -> dict[str, Picture]:
+    """The picture of notebook 07, of small random weights; its graph is put into `work`."""
+    small = {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 50}
+    model = models.load("whisper", **small).model
+    features = {"input_features": torch.zeros(2, 80, 100)}
+    decode = export.for_generation(model, features, work / "whisper").decode
+    _, crossing = graph.sites(graph.load(decode))
+    return {"07_cross.svg": (decode, graph.name(crossing.scores), {"up": 3, "down": 2})}
+
+
 def sentences() -> dict[str, torch.Tensor]:
     ids = torch.full((2, 8), 5)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -125,7 +135,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta, gpt2):
+        for pictures in (start, wav2vec2, text, deberta, gpt2, whisper):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)

@@ -32,6 +32,7 @@ def model_of(
     *,
     prefill: str | Path | None = None,
     encoder: str | Path | None = None,
+    threads: int = 0,
 ) -> transformers.PreTrainedModel:
     """A model whose `generate` is that of `model`, and whose `forward` runs ONNX files.
 
@@ -39,9 +40,10 @@ def model_of(
     that begins with empty caches needs nothing else. An encoder-decoder needs its `encoder`, and
     the `prefill`, which makes the caches of cross-attention. Inputs have the names of `forward`'s
     arguments, and caches those that transformers' exporter gives (`export.for_generation`). Weights
-    of `model` are not used. Raises `files.BadInput` where the files do not fit together.
+    of `model` are not used. `threads` is for one operator, as `files.session` has it. Raises
+    `files.BadInput` where the files do not fit together.
     """
-    own = _Files(Decoder(decode), prefill, encoder)
+    own = _Files(Decoder(decode, threads=threads), prefill, encoder, threads)
     kind = type(model)
     members = {
         "forward": functools.wraps(kind.forward)(_forward),
@@ -88,11 +90,15 @@ class _Files:
     """The sessions of one model."""
 
     def __init__(
-        self, decoder: Decoder, prefill: str | Path | None, encoder: str | Path | None
+        self,
+        decoder: Decoder,
+        prefill: str | Path | None,
+        encoder: str | Path | None,
+        threads: int,
     ) -> None:
         self.decoder = decoder
-        self.prefill = files.Opened.of(prefill).session() if prefill else None
-        self.encoder = _Encoder(encoder) if encoder else None
+        self.prefill = files.session(prefill, threads=threads) if prefill else None
+        self.encoder = _Encoder(encoder, threads) if encoder else None
         self.one_a_step = any(
             isinstance(value.shape[-1], int)
             for name, value in decoder.inputs.items()
@@ -140,9 +146,9 @@ class _Files:
 class _Encoder(torch.nn.Module):
     """An encoder's file as the module that `generate` calls once."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, threads: int) -> None:
         super().__init__()
-        self.session = files.Opened.of(path).session()
+        self.session = files.session(path, threads=threads)
         self.names = [value.name for value in self.session.get_inputs()]
         self.main_input_name = self.names[0]
 

@@ -110,6 +110,30 @@ def pytorch(
     return _model(prefill, follow, "fp32")
 
 
+def generating(
+    name: str, *, decode: str = "", prefill: str = "", encoder: str = "", **options: Any
+) -> Model:
+    """All of `generate`, of the model that `helpers.models.load` gives, or of its files; `options`
+    are those of `generate`. It is given the inputs of that, and gives ``tokens``."""
+    import torch
+
+    from helpers import models
+
+    model = models.load(name).model
+    if decode:
+        from helpers.generate import inside
+
+        paths = {"prefill": prefill or None, "encoder": encoder or None}
+        model = inside.model_of(model, decode, threads=threads(), **paths)
+
+    def run(arrays: Arrays) -> Arrays:
+        with torch.no_grad():
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            return {"tokens": model.generate(**tensors, **options).numpy()}
+
+    return run
+
+
 _TOKENS = ("input_ids", "next_ids")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import logging
 import operator
@@ -73,8 +74,12 @@ def load(
         return _stand_in(architecture, model_class, attn_implementation, changes)
     if checkpoint is not None:
         folder, origin = Path(checkpoint), ""
+    elif carried := _from_package(architecture):
+        folder, origin = carried
+        if architecture.reader:
+            return _read(architecture, folder, origin, attn_implementation)
     else:
-        folder, origin = _from_package(architecture) or (_from_hub(architecture), "")
+        folder, origin = _from_hub(architecture), ""
     if folder is None:
         return _stand_in(architecture, model_class, attn_implementation, {})
     source = _source(architecture, folder, origin, given=checkpoint is not None)
@@ -91,6 +96,19 @@ def load(
     return Study(model.eval(), processor, source)
 
 
+def _read(architecture: Architecture, folder: Path, origin: str, attn_implementation: str) -> Study:
+    """The model in the `folder` of a package that carries it in a format of its own.
+
+    Raises `BadInput` as `load` does.
+    """
+    _check_digest(architecture, folder / architecture.weights)
+    module, function = architecture.reader.split(":")
+    reader = getattr(importlib.import_module(module), function)
+    model, processor = reader(folder, attn_implementation)
+    source = f"the published checkpoint {architecture.repository}{origin}, its SHA-256 checked"
+    return Study(model, processor, source)
+
+
 def _source(architecture: Architecture, folder: Path, origin: str, *, given: bool) -> str:
     """What the checkpoint in `folder` is, in one line; its weights are checked.
 
@@ -105,16 +123,24 @@ def _source(architecture: Architecture, folder: Path, origin: str, *, given: boo
     source = f"the published checkpoint {architecture.repository}{origin}"
     if not architecture.sha256:
         return source
-    weights = folder / "model.safetensors"  # or in several files, of a checkpoint given
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
-    if digest == architecture.sha256:
-        return f"{source}, its SHA-256 checked"
-    if given:
+    weights = folder / architecture.weights  # or in several files, of a checkpoint given
+    if not given:
+        _check_digest(architecture, weights)
+    elif _digest(weights) != architecture.sha256:
         return f"the checkpoint given, with other weights than {architecture.repository}"
-    raise files.BadInput(
-        f"{weights}: expected the published weights of {architecture.repository}, found SHA-256"
-        f" {digest}; install or fetch them again"
-    )
+    return f"{source}, its SHA-256 checked"
+
+
+def _digest(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
+
+
+def _check_digest(architecture: Architecture, weights: Path) -> None:
+    if (digest := _digest(weights)) != architecture.sha256:
+        raise files.BadInput(
+            f"{weights}: expected the published weights of {architecture.repository}, found SHA-256"
+            f" {digest}; install or fetch them again"
+        )
 
 
 def sentence_encoder(base: type[transformers.PreTrainedModel]) -> type:
@@ -323,15 +349,16 @@ def pytorch(
     return run
 
 
-def speech(seconds: float | None = None, batch: int = 1) -> np.ndarray:
-    """The clip of speech in assets/ as float32 (batch, samples) at 16 kHz, each row normalised.
+def speech(seconds: float | None = None, batch: int = 1, path: Path = SPEECH) -> np.ndarray:
+    """The clip of speech in assets/, or another at `path`, as float32 (batch, samples) at 16 kHz,
+    each row normalised.
 
     Mean 0 and variance 1, as wav2vec2's feature extractor does. Rows start at different places; a
     clip shorter than `seconds` starts over.
     """
-    with wave.open(str(SPEECH)) as file:
+    with wave.open(str(path)) as file:
         if file.getframerate() != SAMPLE_RATE or file.getnchannels() != 1:
-            raise ValueError(f"{SPEECH}: expected {SAMPLE_RATE} Hz mono; make it again")
+            raise ValueError(f"{path}: expected {SAMPLE_RATE} Hz mono; make it again")
         clip = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32)
     samples = len(clip) if seconds is None else int(seconds * SAMPLE_RATE)
     starts = np.arange(batch) * (len(clip) // batch)

