@@ -59,7 +59,7 @@ def test_weights_come_back_by_their_names(quantised):
 
 def test_a_file_without_products_in_8_bits_is_refused(quantised):
     path, _ = quantised
-    with pytest.raises(files.BadInput, match="expected products in 8 bits, .* found none"):
+    with pytest.raises(files.BadInput, match=r"expected products in 8 bits, .* found none"):
         dynamic_int8.read(path.with_name("a.onnx"))
 
 
