@@ -214,6 +214,34 @@ def test_a_cache_is_as_long_as_the_mask_says(tmp_path):
         assert feed.arrays["mask"].shape[1] == past + ids
 
 
+@pytest.mark.parametrize(("weight", "told"), [(1, "normal;"), (8, "normal × 0.5;")])
+def test_numbers_are_smaller_where_scores_would_be_far_apart(weight, told, tmp_path):
+    """As in T5, whose scores are not scaled: rounding would grow where one score alone counts."""
+    cases, description = infer(
+        tmp_path,
+        """g (float[b,s,4] x) => (float[b,s,4] y) {
+          q = MatMul (x, w) k = Transpose <perm = [0, 2, 1]> (x) scores = MatMul (q, k)
+          weights = Softmax <axis = -1> (scores) y = MatMul (weights, x) }""",
+        w=weight * np.eye(4, dtype=np.float32),
+    )
+    assert f"x float32 (b, s, 4) {told}" in description
+    largest = max(np.abs(feed.arrays["x"]).max() for feed in cases)
+    assert (largest > 2) == (weight == 1)
+
+
+def test_numbers_are_not_made_smaller_where_that_changes_nothing(tmp_path):
+    _, description = infer(
+        tmp_path,
+        """g (float[b,s,4] x) => (float[b,s,4] y) {
+          n = LayerNormalization <axis = -1, epsilon = 1e-12> (x, ones) q = MatMul (n, w)
+          k = Transpose <perm = [0, 2, 1]> (n) scores = MatMul (q, k)
+          weights = Softmax <axis = -1> (scores) y = MatMul (weights, n) }""",
+        w=40 * np.eye(4, dtype=np.float32),
+        ones=np.ones(4, np.float32),
+    )
+    assert "x float32 (b, s, 4) normal;" in description
+
+
 def test_fixed_sizes_are_kept(tmp_path):
     cases, _ = infer(tmp_path, "g (float[1,3,8,8] x) => (float[1,3,8,8] y) { y = Relu (x) }")
     assert shapes(cases, "x") == {(1, 3, 8, 8)}

@@ -147,6 +147,7 @@ class _Making:
     def _variants(self, flags: Flags, smallest: At) -> Iterator[Variant]:
         """The feeds to make, the shortest first."""
         short, single, more = self._lengths(flags, smallest)
+        self.trial.find_scales(flags, more)
         several = [entry for entry in self.trial.masks if entry.pairs or len(entry.dims) > 1]
         pairs = any(entry.pairs for entry in several)
         padded = bool(several or self.marking)

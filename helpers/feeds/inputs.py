@@ -10,7 +10,7 @@ cache      keys or values of earlier steps
 buffer     the same, in a buffer that a step writes into (`helpers.graph.in_place`)
 filled     how many positions of the buffers hold keys
 integers   none of these: zeros and ones
-floats     none of these: normal numbers
+floats     none of these: normal numbers, smaller where they would put scores far apart
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ class Input:
         int, ...
     ] = ()  # values that the graph compares it with: of ids, padding or an end
     counted: bool = False  # whether its keys are counted, and the count given to an operator
+    scale: float = 1.0  # of normal numbers
 
     @property
     def is_float(self) -> bool:
@@ -67,6 +68,11 @@ class Input:
     @property
     def is_mask(self) -> bool:
         return self.role == "mask"
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether normal numbers are fed."""
+        return self.role in ("floats", "cache", "cross", "buffer")
 
     @property
     def additive(self) -> bool:
@@ -99,7 +105,8 @@ class Input:
                 "floats": "normal",
                 "positions": "positions",
             }[self.role]
-        return f"{self} {what}"
+        scaled = f" × {self.scale:g}" if self.scale != 1 else ""
+        return f"{self} {what}{scaled}"
 
 
 def read(model: ir.Model, path: Path, sites: Sequence[graph.Site]) -> list[Input]:

@@ -52,6 +52,14 @@ class Scores:
         exposed = self._session(self.choice(arrays))
         return exposed.masked(exposed.run(arrays))
 
+    def spread(self, arrays: Arrays) -> float:
+        """How far the scores of a query are apart, as standard deviation over its keys: the median
+        of its rows, in the site where that is largest. 0 where no scores are given out."""
+        exposed = self._session(self.choice(arrays))
+        values = exposed.run(arrays)
+        scores = [values[site.scores] for site in exposed.sites if site.scores is not None]
+        return max((_spread(array) for array in scores), default=0.0)
+
     def settled(self, arrays: Arrays, lacking: list[np.ndarray] | None) -> Arrays | None:
         """For each output, True where it does not depend on what rows get that have no key; these
         are `lacking`, of each site (batch, heads, queries) as the graph has them. None where all
@@ -200,6 +208,19 @@ class _Exposed:
             results = self.session.run(self.wanted, arrays | noise)
             values |= dict(zip(self.wanted, results, strict=True))
         return values
+
+
+def _spread(scores: np.ndarray) -> float:
+    """The median of the standard deviations over the last axis, over what is not masked."""
+    kept = scores > MASKED
+    count = kept.sum(axis=-1)
+    several = count > 1
+    if not several.any():
+        return 0.0
+    numbers = np.where(kept, scores, 0).astype(np.float64)
+    mean = numbers.sum(axis=-1) / np.maximum(count, 1)
+    apart = np.where(kept, (numbers - mean[..., None]) ** 2, 0).sum(axis=-1)
+    return float(np.median(np.sqrt(apart / np.maximum(count, 1))[several]))
 
 
 def _type(value: ir.Value | None) -> ir.DataType:

@@ -19,6 +19,11 @@ PATIENCE = 60  # seconds in which sizes are tried that fail
 AMOUNTS = {"right": 2 / 3, "left": 1 / 3, "holes": 0}  # of the positions, by padding
 ROUND = (16, 64)  # lengths may have to be multiples of these
 
+# A score that is so far from the others of its row, in standard deviations over keys, is the only
+# one that counts; then what rounding changes grows from layer to layer. Trained models stay at 4.
+APART = 6
+HALVINGS = 6  # of normal numbers, at most, to come below that
+
 Flags = dict[str, int]
 
 
@@ -182,6 +187,18 @@ class Trial:
             " length only"
         )
 
+    def find_scales(self, flags: Flags, at: At) -> None:
+        """Make the normal numbers smaller where those of 1 put scores too far `APART`."""
+        numbers = [entry for entry in self.inputs if entry.is_normal]
+        apart = self.scores.spread(self.arrays(at, "no", flags)) if numbers and self.scores else 0.0
+        for step in range(1, HALVINGS + 1) if apart > APART else ():
+            for entry in numbers:
+                entry.scale = 0.5**step
+            if self.scores.spread(self.arrays(at, "no", flags)) <= APART:
+                return
+        for entry in numbers:  # it is large whatever is given
+            entry.scale = 1.0
+
     def find_senses(self, flags: Flags, at: At) -> None:
         """What the masks mean, as far as it shows with these flags."""
         unknown = [entry for entry in self.masks if entry.is_mask and not entry.in_scores]
@@ -219,8 +236,8 @@ def _values(
     entry: Input, shape: tuple[int, ...], token: int, past: int, random: np.random.Generator
 ) -> np.ndarray:
     """Seeded values for an input that is no mask, no flag and no ids."""
-    if entry.role in ("floats", "cache", "cross", "buffer"):
-        return random.normal(size=shape)
+    if entry.is_normal:
+        return random.normal(size=shape, scale=entry.scale)
     if entry.role == "integers":
         return random.integers(0, 256 if entry.dtype == np.uint8 else 2, size=shape)
     if entry.role == "positions":
