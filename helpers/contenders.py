@@ -121,11 +121,14 @@ def decoder(label: str, path: str | Path, kind: str = "ours") -> Contender:
     return Contender(label, kind, "helpers.generate.timing:onnx", {"path": str(path)}, path)
 
 
-def generating(label: str, name: str, kind: str, **paths: str | Path) -> Contender:
-    """`generate` of the model `name` of `helpers.models`, in PyTorch, or by its files: `decode`,
-    and of an encoder-decoder `prefill` and `encoder`."""
+def generating(
+    label: str, name: str, kind: str, options: Mapping[str, Any] | None = None, **paths: str | Path
+) -> Contender:
+    """`generate`, with `options`, of the model `name` of `helpers.models`, in PyTorch, or by its
+    files: `decode`, and of an encoder-decoder `prefill` and `encoder`."""
     files_ = {part: str(Path(path).absolute()) for part, path in paths.items()}
-    return Contender(label, kind, "helpers.generate.timing:generating", {"name": name, **files_})
+    arguments = {"name": name, **files_, **(options or {})}
+    return Contender(label, kind, "helpers.generate.timing:generating", arguments)
 
 
 def openvino(

@@ -462,6 +462,7 @@ def test_a_speedup_says_what_it_tells():
     assert faster.verdict(0.5) == "no difference"
     assert benchmark.Speedup(0.9, 0.8, 0.95).verdict(0.05) == "slower"
     assert benchmark.Speedup(1.1, 1.0, 1.2).verdict() == "no difference"
+    assert benchmark.Speedup(0.97, 0.93, 0.997).verdict() == "no difference"  # printed as 1.00
 
 
 def test_what_two_runs_of_one_contender_differ_by_is_no_difference():

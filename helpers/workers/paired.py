@@ -28,10 +28,10 @@ class Speedup(NamedTuple):
 
     def verdict(self, noise: float = 0.0) -> str:
         """What it tells where two runs of one contender differ by `noise` (0.03 is 3 %): faster,
-        slower, or no difference, which is also where the interval holds 1."""
+        slower, or no difference, which is also where the interval, as it is printed, holds 1."""
         if math.isnan(self.median):
             return "not timed"
-        if abs(self.median - 1) <= noise or self.low <= 1 <= self.high:
+        if abs(self.median - 1) <= noise or round(self.low, 2) <= 1 <= round(self.high, 2):
             return "no difference"
         return "faster" if self.median > 1 else "slower"
 
