@@ -108,6 +108,15 @@ def gpt2(work: Path) -> dict[str, Picture]:
     return pictures
 
 
+def t5(work: Path) -> dict[str, Picture]:
+    """The picture of notebook 06, of small random weights; its graph is put into `work`."""
+    small = {"num_layers": 1, "num_decoder_layers": 1, "vocab_size": 1000}
+    model = models.load("t5", **small).model
+    decode = export.for_generation(model, sentences(), work / "t5").decode
+    (added,) = graph.sites(graph.load(decode))[0].scores.outputs[0].consumers()
+    return {"06_bias.svg": (decode, graph.name(added), {"up": 2, "down": 3})}
+
+
 def whisper(work: Path) -> dict[str, Picture]:
     """The picture of notebook 07, of small random weights; its graph is put into `work`."""
     small = {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 50}
@@ -135,7 +144,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta, gpt2, whisper):
+        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)
