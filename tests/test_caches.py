@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from graphs import write
 
-from helpers import files, fuse, graph
+from helpers import files, fuse, generate, graph
 from helpers.__main__ import main
 
 # One head of keys and values for two of queries, of width four; TorchScript's way of repeating it.
@@ -351,6 +351,28 @@ def test_the_same_tokens_are_generated(tmp_path, capsys):
     files.save(model, tmp_path / "wrong.onnx")
     assert main(["compare", str(path), str(tmp_path / "wrong.onnx"), "--generate", "20"]) == 1
     assert "OTHER TOKENS from step" in capsys.readouterr().out
+
+
+def test_caches_in_place_are_run_over_steps(tmp_path, monkeypatch):
+    """Each file on what it has written; nothing is written where other tokens come out."""
+    path, out = words_of(tmp_path, HEADS["a product"][0]), tmp_path / "out.onnx"
+    assert "and 8 steps on the caches" in fuse.fuse(path, out, cache="in-place").inputs
+    few = fuse.fuse(path, tmp_path / "few.onnx", cache="in-place", capacity=9)
+    assert "not run step by step (expected at most 9 positions" in few.inputs
+    states = fuse.fuse(decoder(tmp_path, PADDED), tmp_path / "states.onnx", cache="in-place")
+    assert "not run step by step (expected ids" in states.inputs
+    model, run = graph.load(out), generate.compare
+    one_short(model)
+    wrong = files.save(model, tmp_path / "wrong.onnx")
+    monkeypatch.setattr(
+        generate, "compare", lambda models, steps: run([models[0], files.Opened(wrong)], steps)
+    )
+    path = words_of(tmp_path, HEADS["a product"][0])
+    done = fuse.fuse(path, tmp_path / "none.onnx", cache="in-place")
+    assert not done.held
+    assert done.at_fault == "caches, kept in place"
+    assert "in 8 steps on its own caches" in str(done)
+    assert not (tmp_path / "none.onnx").exists()
 
 
 def test_two_files_in_place_generate(tmp_path, capsys):

@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
-from helpers import feeds, files, graph, parity
+from helpers import feeds, files, generate, graph, parity
 from helpers.fuse import (
     attention,
     caches,
@@ -45,6 +45,7 @@ OPSET = 23  # the first with Attention
 FUSING = ("portable", "cpu")  # the targets in which every site is one operator
 TARGETS = (*FUSING, "openvino")
 CACHES = ("growing", "in-place")
+STEPS = 8  # behind a prompt, for caches in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def fuse(
     or on inputs that are inferred.
 
     Of decoders: with `cache` `in-place`, past keys and values are buffers that each step writes
-    into (`fuse.in_place`), of `capacity` positions, or as many as they are given with.
+    into (`fuse.in_place`), of `capacity` positions, or as many as they are given with; these are
+    compared over a prompt and `STEPS` steps too, each on the caches that it has written.
     `drop_unchanged` takes off the outputs what is an input as it came in, `last_logits` gives
     logits of the last position alone, so prompts are to be padded on the left.
 
@@ -167,11 +169,13 @@ def fuse(
             reference = _reference(opened, report)
             compared = parity.compare(reference, [written], cases, description)
             [answer.parity], answer.inputs = compared.candidates, compared.inputs
+            if wanted.cache == "in-place" and answer.held and not report.repaired:
+                _compare_over_steps(answer, opened, written)
         answer.parity.name = named
         written.close()
         if not answer.held:
             draft.unlink()  # so that nothing is written
-    if not answer.held and not refusal:
+    if not answer.held and answer.at_fault is None:
         answer.at_fault = _bisect(opened.path, wanted, reference, cases, out)
     return answer
 
@@ -224,6 +228,22 @@ def _unproven(fused: ir.Model, target: str, report: _Report, out: Path) -> Fused
         parity.Candidate(out.name, held=False, max_abs_diff=float("inf")),
         "none",
     )
+
+
+def _compare_over_steps(answer: Fused, opened: files.Opened, written: files.Opened) -> None:
+    """Run both behind a prompt, on what each has written into its caches, and tell `answer`."""
+    try:
+        generated = generate.compare([opened, written], STEPS)
+    except files.BadInput as error:  # no ids, or a capacity of fewer positions
+        _, _, reason = str(error).partition(": ")  # behind the file's name
+        answer.inputs += f"; not run step by step ({reason})"
+        return
+    [run] = generated.candidates
+    answer.inputs += f"; {generated.prompt}, and {STEPS} steps on the caches that each has written"
+    if not run.same:
+        answer.parity.held, answer.at_fault = False, "caches, kept in place"
+        answer.parity.max_abs_diff, answer.parity.tolerance = run.difference, run.tolerance
+        answer.parity.reason = f"in {STEPS} steps on its own caches"
 
 
 def _does_not_load(written: files.Opened) -> str | None:
