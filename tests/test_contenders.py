@@ -158,7 +158,10 @@ def openvino():
 def plugin():
     """The type in which OpenVINO's plugin computes as it comes on this machine."""
     pytest.importorskip("onnxruntime_ep_openvino", reason="optional, not built for all systems")
-    return computed.plugin_floats({})
+    try:
+        return computed.plugin_floats({})
+    except RuntimeError as error:  # on processors of other makers it offers none
+        pytest.skip(str(error))
 
 
 def test_openvino(attention, given, openvino):

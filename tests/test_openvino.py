@@ -8,6 +8,7 @@ import pytest
 
 from helpers import files, fuse, graph
 from helpers.__main__ import main
+from helpers.files.sessions import _openvino_device
 
 try:  # optional, what the target is for
     import openvino
@@ -152,10 +153,18 @@ def test_it_is_written_out(tmp_path, form):
     if openvino is not None:
         kernels = {"rotated": "RoPE", "rotated by a table": "RoPE", "RMS": "RMS"}
         _is_one_kernel(tmp_path / "out.onnx", arrays, expected, kernels.get(form, "Subgraph"))
-    if plugin is not None:
+    if plugin is not None and offered():
         session = files.session(tmp_path / "out.onnx", openvino={})
         taken = session.get_provider_graph_assignment_info()
         assert {part.ep_name for part in taken} == {plugin.get_ep_name()}
+
+
+def offered():
+    """Whether the plugin offers this machine's CPU: on those of some makers it does not."""
+    try:
+        return _openvino_device() is not None
+    except RuntimeError:
+        return False
 
 
 def _is_one_kernel(path, arrays, expected, kernel):

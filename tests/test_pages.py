@@ -160,7 +160,7 @@ def rare_words() -> dict[str, str]:
         words = Counter(re.findall(r"(?<![\w./-])[a-z]{7,}(?![\w./-])", prose))
         others = [text for one, text in texts.items() if one != path]
         # The search takes words of one stem for the same.
-        found[path.stem] = min(words, key=lambda word: sum(word[:6] in text for text in others))
+        found[path.stem] = min(words, key=lambda word: sum(word[:5] in text for text in others))
     return found
 
 

@@ -190,14 +190,20 @@ class Trial:
     def find_scales(self, flags: Flags, at: At) -> None:
         """Make the normal numbers smaller where those of 1 put scores too far `APART`."""
         numbers = [entry for entry in self.inputs if entry.is_normal]
-        apart = self.scores.spread(self.arrays(at, "no", flags)) if numbers and self.scores else 0.0
-        for step in range(1, HALVINGS + 1) if apart > APART else ():
+        for step in range(HALVINGS + 1) if numbers else ():
             for entry in numbers:
                 entry.scale = 0.5**step
-            if self.scores.spread(self.arrays(at, "no", flags)) <= APART:
+            if self._apart(flags, at) <= APART:
                 return
-        for entry in numbers:  # it is large whatever is given
+        for entry in numbers:  # they are far apart whatever is given
             entry.scale = 1.0
+
+    def _apart(self, flags: Flags, at: At) -> float:
+        """How far scores are apart; 0 where that cannot be told."""
+        try:
+            return self.scores.spread(self.arrays(at, "no", flags)) if self.scores else 0.0
+        except Exception:  # ONNX Runtime's own types, or a branch that cannot be put in its place
+            return 0.0
 
     def find_senses(self, flags: Flags, at: At) -> None:
         """What the masks mean, as far as it shows with these flags."""

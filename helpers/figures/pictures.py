@@ -144,8 +144,7 @@ def modernbert(work: Path) -> dict[str, Picture]:
     path = work / "modernbert.onnx"
     export.export(models.load("modernbert", **small).model, sentences(), path, "opset23")
     local = graph.sites(graph.load(path))[1].node
-    rotated = [graph.name(value.producer()) for value in local.inputs[:2]]
-    return {"09_rotary.svg": (path, graph.name(local), {"along": rotated, "up": 1, "down": 0})}
+    return {"09_rotary.svg": (path, graph.name(local), {"up": 1, "down": 0})}
 
 
 def given(_: Path) -> dict[str, Picture]:

@@ -1,6 +1,7 @@
 """Sessions of ONNX Runtime, and the memory that they leave."""
 
 import ctypes
+import functools
 import gc
 import json
 from collections.abc import Mapping
@@ -79,11 +80,17 @@ def _openvino_device() -> ort.OrtEpDevice:
         return [one for one in ort.get_ep_devices() if one.ep_name == plugin.get_ep_name()]
 
     if not offered():
-        ort.register_execution_provider_library("openvino", plugin.get_library_path())
+        _register(plugin.get_library_path())
     found = {one.ep_metadata.get("ov_device"): one for one in offered()}
     if "CPU" not in found:
         raise RuntimeError(f"OpenVINO's plugin: expected a CPU that it runs on, found {[*found]}")
     return found["CPU"]
+
+
+@functools.cache
+def _register(library: str) -> None:
+    """Once in a process: ONNX Runtime refuses it a second time, also where it offers no device."""
+    ort.register_execution_provider_library("openvino", library)
 
 
 def give_back(dropped: float = 0) -> None:
