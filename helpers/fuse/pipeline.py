@@ -238,6 +238,9 @@ def _compare_over_steps(answer: Fused, opened: files.Opened, written: files.Open
         _, _, reason = str(error).partition(": ")  # behind the file's name
         answer.inputs += f"; not run step by step ({reason})"
         return
+    except Exception as error:  # ONNX Runtime's own types: it does not run on a prompt of ours
+        answer.inputs += f"; not run step by step ({files.told(error, 160)})"
+        return
     [run] = generated.candidates
     answer.inputs += f"; {generated.prompt}, and {STEPS} steps on the caches that each has written"
     if not run.same:
