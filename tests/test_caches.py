@@ -375,6 +375,23 @@ def test_caches_in_place_are_run_over_steps(tmp_path, monkeypatch):
     assert not (tmp_path / "none.onnx").exists()
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_candidate_that_fails_on_the_prompt_has_not_held(runs, tmp_path, monkeypatch):
+    """It is the candidate's fault only where the original runs."""
+
+    def fails(models, steps):
+        if len(models) > 1 or not runs:
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(generate, "compare", fails)
+    path, out = words_of(tmp_path, HEADS["a product"][0]), tmp_path / "out.onnx"
+    done = fuse.fuse(path, out, cache="in-place")
+    assert done.held is not runs
+    assert out.exists() is not runs
+    said = "fails on a prompt that the original runs on" if runs else "not run step by step"
+    assert said in str(done)
+
+
 def test_two_files_in_place_generate(tmp_path, capsys):
     path, out = words_of(tmp_path, HEADS["a product"][0]), tmp_path / "out.onnx"
     fuse.fuse(path, out, cache="in-place")

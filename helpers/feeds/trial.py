@@ -20,7 +20,7 @@ AMOUNTS = {"right": 2 / 3, "left": 1 / 3, "holes": 0}  # of the positions, by pa
 ROUND = (16, 64)  # lengths may have to be multiples of these
 
 # A score that is so far from the others of its row, in standard deviations over keys, is the only
-# one that counts; then what rounding changes grows from layer to layer. Trained models stay at 4.
+# one that counts; then what rounding changes grows from layer to layer. A trained T5's are at 3.
 APART = 6
 HALVINGS = 6  # of normal numbers, at most, to come below that
 
